@@ -1,0 +1,229 @@
+"""Configuration: frozen dataclasses, read once from one YAML file. Unknown keys are errors that name the key.
+
+The `server` section belongs to the HTTP side and is passed through unread (`server/settings.py` checks it).
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from engine.errors import ConfigError
+
+QUANTS = ("none", "fp16")
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of "512MiB", "2 GB" or "1048576" (all units are powers of 1024); None for an empty string."""
+    if not text.strip():
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"{text!r} is not a size such as 512MiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One served model, run by one engine process."""
+
+    path: str = "demo"  # Hugging Face folder, GGUF file, hub id, or "demo"
+    id: str = ""  # name in the API; default: last part of the path
+    pipeline: str = "autoregressive"
+    quant: str = "fp16"  # CPU linears: fp16-packed weights with fp32 activations, or none (exact fp32)
+    attention: str = "sdpa"
+    memory_share: float = 1.0  # of the memory that the engine processes of this server may use together
+    max_model_len: int | None = None  # default: what the model declares, cut to what the KV pool can hold
+
+    def __post_init__(self) -> None:
+        _require(self.quant in QUANTS, f"models.quant: {self.quant!r} is not one of {', '.join(QUANTS)}")
+        _require(0 < self.memory_share <= 1, f"models.memory_share: {self.memory_share} is not in (0, 1]")
+        _require(self.max_model_len is None or self.max_model_len > 1, "models.max_model_len: must be above 1")
+
+    @property
+    def name(self) -> str:
+        return self.id or self.path.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    max_num_seqs: int = 64  # sequences that run in one step
+    max_batched_tokens: int = 512  # tokens that one step may feed: the chunk size of a long prefill
+    max_queued_requests: int = 1024  # waiting in the front process and engine together; more is a 503
+    max_queued_tokens: int = 4_194_304  # prompt tokens of those
+    lag: int = 0  # results may come this many steps late (0 or 1)
+    stall_seconds: float = 120.0  # work queued and no step for this long is a hang, for /health
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_batched_tokens", "max_queued_requests", "max_queued_tokens"):
+            _require(getattr(self, name) > 0, f"scheduler.{name}: must be above 0")
+        _require(self.lag in (0, 1), f"scheduler.lag: {self.lag} is not 0 or 1")
+        _require(self.stall_seconds > 0, "scheduler.stall_seconds: must be above 0")
+
+
+@dataclass(frozen=True, slots=True)
+class KVConfig:
+    block_size: int = 16  # tokens per block
+    memory: str = ""  # size of the pool, as "512MiB"; empty: measured, all that is left after the weights
+    utilization: float = 0.9  # share of the machine's memory that may be used when `memory` is empty
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.block_size > 0, "kv.block_size: must be above 0")
+        _require(0 < self.utilization <= 1, f"kv.utilization: {self.utilization} is not in (0, 1]")
+        parse_size(self.memory)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return parse_size(self.memory)
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    replicas: int = 1
+    tensor: int = 1
+    threads: int | None = None  # CPU threads of one engine process; default: its physical cores
+
+    def __post_init__(self) -> None:
+        _require(self.replicas == 1, "parallel.replicas: only 1 is supported in this version")
+        _require(self.tensor == 1, "parallel.tensor: only 1 is supported in this version")
+        _require(self.threads is None or self.threads > 0, "parallel.threads: must be above 0")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What one engine process is started with."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    kv: KVConfig = field(default_factory=KVConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A whole configuration file."""
+
+    models: tuple[ModelConfig, ...] = (ModelConfig(),)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    kv: KVConfig = field(default_factory=KVConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    server: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [model.name for model in self.models]
+        _require(bool(names), "models: at least one model is needed")
+        _require(len(set(names)) == len(names), f"models: two entries share one id: {', '.join(names)}")
+        total = sum(model.memory_share for model in self.models)
+        _require(len(names) == 1 or total <= 1.0, f"models: the memory shares add up to {total:g}, above 1")
+
+    def engines(self) -> tuple[EngineConfig, ...]:
+        """One engine configuration per served model."""
+        return tuple(EngineConfig(m, self.scheduler, self.kv, self.parallel) for m in self.models)
+
+
+def load(path: str | Path | None = None, overrides: tuple[str, ...] = ()) -> Config:
+    """Read a YAML file (or the defaults) and apply `key.path=value` overrides, for example `models.0.quant=none`.
+
+    Raises ConfigError for a file that is missing or no mapping, an unknown key, or a value of the wrong type.
+    """
+    data: object = {}
+    if path is not None:
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: the top level must be a mapping")
+    for override in overrides:
+        _apply_override(data, override)
+    return build(Config, data, "")
+
+
+T = TypeVar("T")
+
+
+def build(kind: type[T], data: object, where: str) -> T:
+    """Make a dataclass from parsed YAML, with errors that name the key in full."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where or 'configuration'}: expected a mapping, got {_show(data)}")
+    hints = get_type_hints(kind)
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]  # kind is a dataclass by contract
+    values = {}
+    for key, value in data.items():
+        path = f"{where}.{key}" if where else str(key)
+        if key not in known:
+            raise ConfigError(f"{path}: unknown key; known: {', '.join(sorted(known))}")
+        values[str(key)] = _convert(hints[key], value, path)
+    return kind(**values)
+
+
+def _convert(hint: object, value: object, path: str) -> object:
+    """`value` as the annotated type `hint`, or a ConfigError; ints widen to floats, nothing else is coerced."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, path)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{path}: expected a list, got {_show(value)}")
+        return tuple(_convert(args[0], item, f"{path}.{i}") for i, item in enumerate(value))
+    if isinstance(hint, type) and is_dataclass(hint):
+        return build(hint, value, path)
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}: expected a mapping, got {_show(value)}")
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(hint, type) or not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{path}: expected {getattr(hint, '__name__', hint)}, got {_show(value)}")
+    return value
+
+
+def _apply_override(data: dict[str, object], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override!r}: expected key=value")
+    node: object = data
+    *parents, last = key.split(".")
+    for part in parents:
+        node = _step_into(node, part, key)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {key}: {text!r} is not valid YAML") from error
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ConfigError(f"--set {key}: no such key")
+
+
+def _step_into(node: object, part: str, key: str) -> object:
+    """The child of a mapping or list on the way to an override; `models` and its first entry are made if absent."""
+    if isinstance(node, dict):
+        return node.setdefault(part, [{}] if part == "models" else {})
+    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+        return node[int(part)]
+    raise ConfigError(f"--set {key}: there is no {part!r}")
+
+
+def _show(value: object) -> str:
+    return f"{type(value).__name__} {value!r}"[:80]

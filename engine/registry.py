@@ -1,0 +1,29 @@
+"""Tables of everything pluggable: name -> "module:Attribute", imported on first use.
+
+Adding a part is one file and one line here; contract tests are parametrised over these tables. Nothing is
+discovered by scanning, so a broken file fails loudly and by name.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from engine.errors import ConfigError
+
+PIPELINES = {
+    "autoregressive": "engine.pipelines.autoregressive:AutoregressivePipeline",
+}
+ATTENTION = {
+    "sdpa": "engine.attention.sdpa:SdpaAttention",
+}
+WORKERS = {
+    "local": "engine.runtime.worker:LocalWorker",
+}
+
+
+def resolve(table: dict[str, str], name: str, what: str) -> object:
+    """Import the attribute that `table` holds under `name`. Raises ConfigError naming the known choices."""
+    if name not in table:
+        raise ConfigError(f"unknown {what} {name!r}; known: {', '.join(sorted(table))}")
+    module, _, attribute = table[name].partition(":")
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,81 @@
+"""How large the KV pool may be, from measured memory, with an error that says what would fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.config import EngineConfig
+from engine.errors import InsufficientMemory
+
+
+def available_bytes() -> int:
+    """Memory that this process may still take: the machine's, or its control group's if that is less."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    for limit, usage in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            cap = Path("/sys/fs/cgroup", limit).read_text().strip()
+            used = int(Path("/sys/fs/cgroup", usage).read_text())
+        except (OSError, ValueError):
+            continue
+        if cap.isdigit():
+            available = min(available, max(int(cap) - used, 0))
+    return available
+
+
+def resident_bytes() -> int:
+    """Peak resident memory of this process so far."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def activation_bytes(config: EngineConfig, hidden: int, intermediate: int, vocab_size: int) -> int:
+    """Upper estimate of one step's temporary tensors: a few rows per token, and four copies of the logits, in fp32."""
+    tokens, seqs = config.scheduler.max_batched_tokens, config.scheduler.max_num_seqs
+    return 4 * (tokens * (8 * hidden + 4 * intermediate) + 4 * min(seqs, tokens) * vocab_size)
+
+
+def plan_pool(
+    config: EngineConfig, bytes_per_block: int, declared_len: int, available: int, reserve: int
+) -> tuple[int, int]:
+    """(number of blocks, max_model_len) for a model that declares a context of `declared_len` tokens.
+
+    Without a wish in the configuration the context is cut to what one sequence can hold. With one, too little
+    memory raises InsufficientMemory, which says how much is missing and which settings would fit.
+    """
+    block_size = config.kv.block_size
+    wanted = config.model.max_model_len
+    if wanted is not None and wanted > declared_len:
+        raise InsufficientMemory(f"models.max_model_len: {wanted} is more than the model's own {declared_len} tokens")
+    budget = config.kv.memory_bytes
+    if budget is None:
+        budget = int((available * config.kv.utilization - reserve) * config.model.memory_share)
+    elif budget > available - reserve:
+        raise InsufficientMemory(
+            f"kv.memory asks for {_mib(budget)}, but only {_mib(available - reserve)} are free after the weights and "
+            f"{_mib(reserve)} for one step; set kv.memory to {_mib(max(available - reserve, 0))} or less"
+        )
+    else:
+        budget = int(budget * config.model.memory_share)
+    length = wanted or declared_len
+    useful = -(-length // block_size) * config.scheduler.max_num_seqs
+    blocks = min(budget // bytes_per_block, useful) if budget > 0 else 0
+    fits = blocks * block_size
+    if fits < min(length, 2 * block_size) or (wanted is not None and fits < wanted):
+        need = -(-length // block_size) * bytes_per_block
+        raise InsufficientMemory(
+            f"the KV pool has room for {max(fits, 0)} tokens ({_mib(max(budget, 0))}), but one sequence of {length} "
+            f"tokens needs {_mib(need)}: {_mib(need - max(budget, 0))} are missing. "
+            f"These settings would fit: kv.memory={_mib(need)}"
+            + (f", or models.0.max_model_len={fits}" if fits >= 2 * block_size else "")
+        )
+    return int(blocks), min(length, fits)
+
+
+def _mib(size: int) -> str:
+    return f"{-(-size // (1 << 20))}MiB"

@@ -1,0 +1,39 @@
+"""ModelRunner: one model and its KV pool; packs sequences, runs a forward pass, gives logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from engine.models.adapter import DecoderAdapter
+from engine.models.context import PagedContext
+from engine.protocols import AttentionBackend
+from engine.runtime.batch import AttentionMode, SeqInput, pack
+from engine.runtime.kv_cache import PagedKVCache
+
+
+class ModelRunner:
+    """Runs one model over its pool. Holds no state of any request."""
+
+    def __init__(self, adapter: DecoderAdapter, cache: PagedKVCache, attention: AttentionBackend) -> None:
+        self.adapter = adapter
+        self.cache = cache
+        self.attention = attention
+
+    @property
+    def vocab_size(self) -> int:
+        return self.adapter.vocab_size
+
+    def forward(
+        self,
+        inputs: Sequence[SeqInput],
+        rows: Sequence[int],
+        mode: AttentionMode = AttentionMode.CAUSAL,
+        block_length: int = 1,
+    ) -> torch.Tensor:
+        """Feed all inputs in one pass; fp32 logits [len(rows), vocabulary] of the given rows of the packed tokens."""
+        device = self.adapter.device
+        batch = pack(inputs, self.cache.block_size, device, mode, block_length)
+        context = PagedContext(self.cache, self.attention.prepare(batch), batch.slots)
+        return self.adapter.forward(batch.ids, batch.positions, torch.tensor(rows, device=device), context)

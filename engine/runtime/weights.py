@@ -1,0 +1,99 @@
+"""From a checkpoint folder to a finished model: safetensors only, never a pickle, never remote code."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import mmap
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from engine.errors import ModelLoadError
+from engine.models.adapter import check_supported
+from engine.runtime.linear import PackedLinear, pack_linear
+
+logger = logging.getLogger(__name__)
+MADV_PAGEOUT = 21  # <linux/mman.h>; safe on any memory, unlike MADV_DONTNEED
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """The checkpoint's configuration. Raises ModelLoadError if it is broken, unknown, or can't be served."""
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "auto_map" in raw:
+            logger.warning("config.json names code of its own (auto_map); it is ignored, only built-in model code runs")
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelLoadError(f"{folder.name}: no usable config.json: {_first_line(error)}") from error
+    check_supported(config)
+    return config
+
+
+def load_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Weights from safetensors, mapped rather than copied on a CPU. Raises ModelLoadError when any is missing."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        loaded: tuple[PreTrainedModel, dict[str, list[str]]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        raise ModelLoadError(f"{folder.name}: the weights can't be loaded: {_first_line(error)}") from error
+    model, info = loaded
+    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if info.get(problem):
+            names = ", ".join(sorted(str(name) for name in info[problem])[:3])
+            raise ModelLoadError(f"{folder.name}: {problem.replace('_', ' ')} in the weights: {names}")
+    model.to(device)  # type: ignore[arg-type]  # its stub wants the decorated class
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+@torch.inference_mode()
+def pack_linears(model: torch.nn.Module) -> int:
+    """Replace linear layers by fp16-packed ones, in place; their number. What stays is copied out of the file."""
+    packed = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Conv1D):
+                setattr(parent, name, PackedLinear(child.weight.T, child.bias))
+                packed += 1
+            elif type(child) is torch.nn.Linear:
+                setattr(parent, name, pack_linear(child))
+                release_pages(child)
+                packed += 1
+    # One tensor that still points into the file would keep all of its pages in memory.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return packed
+
+
+def release_pages(module: torch.nn.Module) -> None:
+    """Let the kernel drop the pages of weights that are no longer read: half of the peak memory of a start.
+
+    They are mapped from the checkpoint, so nothing is lost; a kernel without MADV_PAGEOUT (before 5.4) just says no.
+    """
+    libc = ctypes.CDLL(None)
+    for parameter in module.parameters():
+        if parameter.device.type == "cpu":
+            begin = -(-parameter.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+            length = parameter.data_ptr() + parameter.nbytes - begin
+            if length > 0:
+                libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), MADV_PAGEOUT)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0][:300]

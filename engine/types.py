@@ -1,0 +1,342 @@
+"""The data every part of Slipstream passes through. Standard library only.
+
+Lengths and positions are in tokens, times in seconds of `time.monotonic()` (one clock for all processes of a
+machine), token ids are plain ints. Frozen types cross process borders as msgpack (see `cluster/channel.py`),
+so they hold only ints, floats, strings, booleans, None, tuples and other such types.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class FinishReason(str, Enum):
+    """Why a sequence ended. STOP: end-of-sequence, stop id or stop string. LENGTH: max_tokens or context."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+# ---- what a client asks for ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to draw tokens and when to stop. Written by `server/convert.py` or the offline `LLM`.
+
+    Order of operations on a row of logits: allowed ids and bans, logit_bias, repetition / presence / frequency
+    penalties, temperature, then min_p, top_k and top_p on the tempered distribution. `temperature` 0 is greedy (lowest id on ties).
+    Log-probabilities that are reported are those of the raw logits, before any of this.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0  # int64; a client's missing seed is drawn once by the front process
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not appear
+    logprobs: int | None = None  # alternatives to report beside the chosen token; 0 is "the chosen one only"
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sequence to generate. A client's `n` choices are n requests of one `group` that differ in `choice`."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    eos_ids: tuple[int, ...] = ()  # filled by async_engine from the model; empty under ignore_eos
+    choice: int = 0
+    group: str = ""  # followers (choice > 0) wait until the leader's prompt is computed, then share its blocks
+    priority: int = 0  # lower runs first, as in vLLM
+    cache_salt: str = ""  # requests share cached prefixes only under the same salt
+    arrival: float = 0.0
+
+
+# ---- what the scheduler keeps and plans ------------------------------------------------------------------
+
+
+class SequenceStatus(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request on its way. Only the Scheduler changes it.
+
+    `num_tokens` counts committed tokens (prompt and output); `num_computed` counts the leading positions
+    whose KV is final; `num_reserved` is the upper bound of positions that steps in flight may have written
+    (`num_computed` when none is). A preempted sequence is WAITING from then on, and keeps its blocks until
+    its last step in flight has ended.
+    """
+
+    request: Request
+    output_ids: list[int] = field(default_factory=list)
+    status: SequenceStatus = SequenceStatus.WAITING
+    num_computed: int = 0
+    num_reserved: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    block_table: tuple[int, ...] = ()  # block_ids as plans carry them; made anew only when they change
+    digests: list[bytes] = field(default_factory=list)  # of the leading full blocks, as far as they were needed
+    num_published: int = 0  # leading blocks that are done with for the prefix cache
+    in_flight: list[ScheduledSeq] = field(default_factory=list)  # its shares of the steps in flight, oldest first
+    limit: int = 0  # most tokens it may ever have: max_tokens, the context and the pool together
+    stop_ids: frozenset[int] = frozenset()  # end-of-sequence and the client's stop ids
+    rank: tuple[int, float, int] = (0, 0.0, 0)  # priority, arrival, order of coming: lower runs first
+    num_scored: int = 0  # prompt positions whose log-probabilities have been delivered
+    cached_tokens: int = 0
+    scheduled_at: float = 0.0
+    preemptions: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt_ids) + len(self.output_ids)
+
+    @property
+    def remaining(self) -> int:
+        return self.request.sampling.max_tokens - len(self.output_ids)
+
+    def ids(self, start: int, end: int) -> tuple[int, ...]:
+        """Committed tokens at positions start .. end - 1; costs their number, not the length of the prompt."""
+        prompt = self.request.prompt_ids
+        size = len(prompt)
+        if end <= size:
+            return prompt[start:end]
+        if start >= size:
+            return tuple(self.output_ids[start - size : end - size])
+        return prompt[start:] + tuple(self.output_ids[: end - size])
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTraits:
+    """What the scheduler must know of a loaded pipeline, and nothing else."""
+
+    lookahead: int = 0  # positions past the last committed token that one step may write
+    chunkable: bool = True  # may a prompt be computed over several steps
+    prefix_cacheable: bool = True  # is a full block's KV a pure function of the tokens up to its end
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Everything a pipeline needs to hold device state for a request; sent when it starts or starts again."""
+
+    request: Request
+    output_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSeq:
+    """One sequence's share of a step.
+
+    Feed `tokens` at positions start, start+1, ...; then up to `lookahead` positions more may be written.
+    `block_ids` covers all of them. When `pending` is true a step in flight is about to commit tokens that the
+    scheduler has not seen: `tokens` is empty, `start` an upper bound, and the pipeline feeds the committed
+    tokens that it knows and has not computed.
+    """
+
+    request_id: str
+    start: int
+    tokens: tuple[int, ...]
+    lookahead: int
+    block_ids: tuple[int, ...]
+    pending: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """`dropped` ids lose their device state first, then `admitted` gain it, then `items` run."""
+
+    step: int
+    items: tuple[ScheduledSeq, ...]
+    admitted: tuple[Admission, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+
+# ---- what a step gives back ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of one token under the raw distribution; `top` holds the best alternatives, best first."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 is the most likely token
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SeqResult:
+    """What a step did for one sequence. `num_computed`: positions whose KV is final and committed.
+
+    `prompt_logprobs` covers the prompt positions whose successor this step scored (token i+1 at position i).
+    `error` ends the request: the step's tokens for it are void and its blocks must not be published.
+    """
+
+    request_id: str
+    new_tokens: tuple[int, ...]
+    num_computed: int
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    drafted: int = 0
+    accepted: int = 0
+    nfe: int = 1  # forward passes of the target spent
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    step: int
+    results: tuple[SeqResult, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a loaded worker can hold; the scheduler is built from it."""
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    vocab_size: int
+    traits: DecodeTraits
+
+
+# ---- what leaves the engine process ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SeqUpdate:
+    """News of one request after a step; the last one carries `finish`."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    finish: FinishReason | None = None
+    stop_token_id: int | None = None  # the client's stop id that matched; None for end-of-sequence
+    error: str | None = None
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
+    scheduled_at: float = 0.0  # when it first left the queue
+    preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters are totals since start."""
+
+    steps: int = 0
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_used: int = 0  # referenced by a live sequence
+    kv_blocks_total: int = 0
+    kv_blocks_cached: int = 0  # free, but still holding a reusable prefix
+    preemptions: int = 0
+    prefix_queries: int = 0  # tokens
+    prefix_hits: int = 0  # tokens
+    step_tokens: int = 0  # tokens fed in the last step
+    step_seconds: float = 0.0  # wall time of the last step
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    updates: tuple[SeqUpdate, ...]
+    stats: EngineStats
+
+
+# ---- what the front process hands to its callers ---------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the front process knows of a served model."""
+
+    id: str
+    path: str
+    max_model_len: int
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    block_size: int
+    num_blocks: int
+    created: int  # unix seconds
+    quant: str
+    pipeline: str
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One line of the start-up table. `memory` is the peak resident bytes of that process so far."""
+
+    name: str
+    seconds: float
+    memory: int
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """News of one request for its client. Over all events, texts concatenate to the answer.
+
+    `text` may lag behind `token_ids` (incomplete characters, possible stop strings) and be empty.
+    `logprobs`, if asked for, matches `token_ids` one to one. `offsets` holds, for each token, the index in
+    the request's whole output text at which that token's text starts.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    usage: Usage
+    offsets: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # first event only; [0] is None
+    finish: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSummary:
+    """Timings of a finished request, for metrics. All times are durations in seconds."""
+
+    usage: Usage
+    finish: FinishReason
+    max_tokens: int
+    n: int
+    e2e: float
+    queue: float
+    prefill: float
+    decode: float
+    first_token: float | None
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """`ok` is false when the process is dead or holds work and makes no progress; `reason` says which."""
+
+    ok: bool
+    ready: bool
+    reason: str = ""

@@ -1,0 +1,68 @@
+"""Sizing of the KV pool: what fits is used, what doesn't is refused with numbers that would fit."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from engine.config import EngineConfig, KVConfig, ModelConfig, SchedulerConfig
+from engine.errors import InsufficientMemory
+from engine.runtime.memory import activation_bytes, available_bytes, plan_pool, resident_bytes
+
+MIB = 1 << 20
+BLOCK = 1 * MIB  # bytes of a block of 16 tokens, in these tests
+
+
+def config(memory: str = "", max_len: int | None = None, share: float = 1.0, seqs: int = 64) -> EngineConfig:
+    model = ModelConfig(max_model_len=max_len, memory_share=share)
+    return EngineConfig(model=model, kv=KVConfig(memory=memory), scheduler=SchedulerConfig(max_num_seqs=seqs))
+
+
+def test_asked_size_is_used() -> None:
+    assert plan_pool(config("64MiB"), BLOCK, 512, 1000 * MIB, 10 * MIB) == (64, 512)
+
+
+def test_measured_size_leaves_room_for_a_step() -> None:
+    blocks, length = plan_pool(config(), BLOCK, 100_000, 1000 * MIB, 100 * MIB)
+    assert (blocks, length) == (800, 800 * 16)  # 1000 * 0.9 - 100
+
+
+def test_pool_is_no_larger_than_all_sequences_can_use() -> None:
+    assert plan_pool(config("512MiB", seqs=2), BLOCK, 64, 1000 * MIB, 0) == (8, 64)
+
+
+def test_share_divides_the_pool_between_models() -> None:
+    assert plan_pool(config("64MiB", share=0.5), BLOCK, 64, 1000 * MIB, 0)[0] == 32
+
+
+def test_context_is_cut_to_what_the_pool_holds() -> None:
+    assert plan_pool(config("10MiB"), BLOCK, 8192, 1000 * MIB, 0) == (10, 160)
+
+
+def test_wanted_context_that_does_not_fit_is_an_error_with_settings_that_would() -> None:
+    with pytest.raises(InsufficientMemory, match="502MiB are missing") as caught:
+        plan_pool(config("10MiB", max_len=8192), BLOCK, 8192, 1000 * MIB, 0)
+    memory, length = re.search(r"kv\.memory=(\w+), or models\.0\.max_model_len=(\d+)", str(caught.value)).groups()  # type: ignore[union-attr]
+    assert plan_pool(config(memory, max_len=8192), BLOCK, 8192, 1000 * MIB, 0)[1] == 8192
+    assert plan_pool(config("10MiB", max_len=int(length)), BLOCK, 8192, 1000 * MIB, 0)[1] == int(length)
+
+
+def test_pool_larger_than_free_memory_is_an_error_with_a_size_that_fits() -> None:
+    with pytest.raises(InsufficientMemory, match=r"set kv\.memory to 90MiB or less"):
+        plan_pool(config("2GiB"), BLOCK, 512, 100 * MIB, 10 * MIB)
+
+
+def test_no_memory_at_all() -> None:
+    with pytest.raises(InsufficientMemory):
+        plan_pool(config(), BLOCK, 512, 10 * MIB, 20 * MIB)
+
+
+def test_context_beyond_the_models_own_is_refused() -> None:
+    with pytest.raises(InsufficientMemory, match="more than the model's own 512"):
+        plan_pool(config("64MiB", max_len=1024), BLOCK, 512, 1000 * MIB, 0)
+
+
+def test_measurements_are_plausible() -> None:
+    assert 0 < resident_bytes() < available_bytes() < 1 << 50
+    assert activation_bytes(config(), hidden=576, intermediate=1536, vocab_size=49152) > 64 * 49152 * 4
