@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from engine.types import Capacity, DecodeTraits, EngineStats, RequestSummary, StepOutput, StepPlan
+from engine.types import Capacity, DecodeTraits, EngineStats, Phase, RequestSummary, StepOutput, StepPlan
 
 if TYPE_CHECKING:
     import torch
 
+    from engine.config import EngineConfig
     from engine.runtime.batch import AttentionMode, DeviceBatch, SeqInput
     from engine.runtime.kv_cache import LayerCache
 
@@ -36,6 +38,12 @@ class Worker(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class WorkerFactory(Protocol):
+    """A worker class. `on_phase` is told of each phase of loading as it ends. Raises ModelLoadError."""
+
+    def __call__(self, config: EngineConfig, folder: Path, on_phase: Callable[[Phase], None], /) -> Worker: ...
 
 
 class Pipeline(Protocol):

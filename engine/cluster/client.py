@@ -1,0 +1,207 @@
+"""The front process's handle on one engine process: start it, talk to it, notice its end, clean up after it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+import engine
+from engine import errors
+from engine.cluster.channel import FrontChannel
+from engine.cluster.messages import (
+    Boot,
+    Check,
+    CheckReply,
+    Fatal,
+    Heartbeat,
+    Load,
+    Ready,
+    Shutdown,
+    ToEngine,
+    ToFront,
+)
+from engine.config import EngineConfig
+from engine.errors import EngineDead, SlipstreamError
+from engine.types import Capacity, Phase, StepReport
+
+logger = logging.getLogger(__name__)
+
+GRACE_SECONDS = 5.0  # from asking a process to leave to killing it
+CHECK_SECONDS = 30.0  # how long `check` waits for the step under way
+DRAIN_SECONDS = 0.1  # how long a dead process's last messages may take to come out of the socket
+# -P and the explicit root: the process must import the same package as we did, never one of the current directory.
+_COMMAND = "import sys; sys.path.append(sys.argv[1]); from engine.cluster.process import main; sys.exit(main())"
+_ROOT = str(Path(next(iter(engine.__path__))).resolve().parent)
+_TYPED = {kind.__name__: kind for kind in (errors.ConfigError, errors.ModelLoadError, errors.InsufficientMemory)}
+
+
+@dataclass(frozen=True, slots=True)
+class Listeners:
+    """Who is told of what, on the event loop. `on_exit` is called once, with the reason, unless `close` came first."""
+
+    on_phase: Callable[[Phase], None]
+    on_report: Callable[[StepReport], None]
+    on_exit: Callable[[SlipstreamError], None]
+
+
+class EngineClient:
+    """One engine process as its parent sees it. Belongs to one event loop."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, channel: FrontChannel, directory: Path, listeners: Listeners
+    ) -> None:
+        self.heard_at = time.monotonic()  # when its last message came; it sends one a second
+        self.busy_since: float | None = None  # start of the step it was in at its last heartbeat
+        self._process = process
+        self._channel = channel
+        self._directory = directory
+        self._listeners = listeners
+        self._closing = False
+        self._fatal: Fatal | None = None
+        self._capacity: asyncio.Future[Capacity] = asyncio.get_running_loop().create_future()
+        self._checks: dict[int, asyncio.Future[CheckReply]] = {}
+        self._tokens = itertools.count()
+        self._watcher = asyncio.create_task(self._watch(), name="engine-process-watch")
+
+    @classmethod
+    async def launch(cls, config: EngineConfig, worker: str, listeners: Listeners) -> EngineClient:
+        """Start a process, which imports `worker` (see Boot) and then waits for `load`."""
+        directory = Path(tempfile.mkdtemp(prefix="slipstream-"))  # mode 0700: nobody else may talk to the engine
+        channel = None
+        try:
+            channel = FrontChannel(directory)
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-c", _COMMAND, _ROOT),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=2,  # a stray print must not end up in the answer of a command
+            )
+        except BaseException:
+            if channel is not None:
+                channel.close()
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        client = cls(process, channel, directory, listeners)
+        client._write(Boot(config, worker, str(directory)))
+        return client
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def load(self, folder: Path) -> Capacity:
+        """Have the process load the checkpoint, and wait until it is ready or dead. Raises the reason of its death."""
+        self._write(Load(str(folder)))
+        return await asyncio.shield(self._capacity)
+
+    def send(self, message: ToEngine) -> None:
+        """Never waits. Whether the process still lives is `on_exit`'s news, not this one's."""
+        self._channel.send(message)
+
+    async def check(self) -> CheckReply:
+        """Have it recount its blocks between two steps; for tests and debugging. Raises EngineDead."""
+        token = next(self._tokens)
+        reply = self._checks[token] = asyncio.get_running_loop().create_future()
+        try:
+            self.send(Check(token))
+            return await asyncio.wait_for(reply, CHECK_SECONDS)
+        except TimeoutError as error:
+            raise EngineDead(f"the engine process did not answer within {CHECK_SECONDS:.0f} s") from error
+        finally:
+            del self._checks[token]
+
+    async def close(self) -> None:
+        """End the process, politely at first, and remove every trace of it."""
+        self._closing = True
+        try:
+            if self._process.returncode is None:
+                self._ask_to_leave()
+                await asyncio.wait({self._watcher}, timeout=GRACE_SECONDS)
+        finally:
+            if self._process.returncode is None:
+                self._process.kill()
+            await asyncio.wait({self._watcher})
+            self._channel.close()
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _ask_to_leave(self) -> None:
+        if self._capacity.done():
+            self._channel.send(Shutdown())
+        else:
+            self._process.terminate()  # still loading: it does not listen yet
+
+    def _write(self, line: Boot | Load) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(line) + b"\n")
+
+    async def _read(self) -> None:
+        while True:
+            self._take(await self._channel.receive())
+
+    def _take(self, message: ToFront) -> None:
+        self.heard_at = time.monotonic()
+        match message:
+            case StepReport():
+                self.busy_since = None
+                self._listeners.on_report(message)
+            case Heartbeat(_, busy_since):
+                self.busy_since = busy_since
+            case Phase():
+                self._listeners.on_phase(message)
+            case Ready(capacity):
+                if not self._capacity.done():
+                    self._capacity.set_result(capacity)
+            case CheckReply(token):
+                if token in self._checks and not self._checks[token].done():
+                    self._checks[token].set_result(message)
+            case Fatal():
+                self._fatal = message
+
+    async def _watch(self) -> None:
+        """Read until the process ends, then say why it did."""
+        reader = asyncio.create_task(self._read(), name="engine-process-read")
+        ended = asyncio.create_task(self._process.wait())
+        await asyncio.wait({reader, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if reader.done():
+            logger.error("the news of the engine process can't be taken in", exc_info=reader.exception())
+            self._process.kill()
+        status = await ended
+        reader.cancel()
+        await asyncio.wait({reader})
+        try:
+            while not self._closing and await self._channel.pending(DRAIN_SECONDS):
+                self._take(await self._channel.receive())
+        finally:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            self._report_end(self._cause(status))
+
+    def _report_end(self, cause: SlipstreamError) -> None:
+        waiting: list[asyncio.Future[Capacity] | asyncio.Future[CheckReply]] = [self._capacity, *self._checks.values()]
+        for future in waiting:
+            if not future.done():
+                future.set_exception(cause)
+                future.exception()  # nobody may be waiting, and that is fine
+        if not self._closing:
+            self._listeners.on_exit(cause)
+
+    def _cause(self, status: int) -> SlipstreamError:
+        if self._fatal is not None:
+            kind = _TYPED.get(self._fatal.kind)
+            if kind is not None:
+                return kind(self._fatal.text)
+            return EngineDead(f"the engine process failed: {self._fatal.kind}: {self._fatal.text}")
+        if status < 0:
+            hint = "; was the machine out of memory?" if -status == signal.SIGKILL else ""
+            return EngineDead(f"the engine process was ended by {signal.Signals(-status).name}{hint}")
+        return EngineDead(f"the engine process ended with status {status}; its log says more")

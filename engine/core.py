@@ -1,0 +1,171 @@
+"""EngineCore: schedule, execute, update. No torch; the worker is handed in."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from engine.config import EngineConfig
+from engine.errors import EngineDead, InvalidRequest
+from engine.protocols import StepHandle, Worker
+from engine.scheduling.scheduler import Scheduler
+from engine.types import Capacity, EngineStats, FinishReason, ModelInfo, Request, SeqUpdate, StepPlan, StepReport
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILURES = 3  # steps in a row that may fail before the device is taken for broken
+
+
+class EngineCore:
+    """One engine: a scheduler over a worker. Everything is called from one thread.
+
+    With lag 1 a step is submitted before the result of the one before it is read, so the device never waits
+    for the scheduler. A step that fails ends its own requests; after MAX_FAILURES in a row `step` raises
+    EngineDead, because a process that can't compute should end and be replaced, not go round.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        config: EngineConfig,
+        *,
+        hash_seed: bytes | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._worker = worker
+        self._scheduler = Scheduler(
+            worker.capacity(),
+            config.scheduler,
+            prefix_cache=config.kv.prefix_cache,
+            hash_seed=hash_seed if hash_seed is not None else secrets.token_bytes(16),
+            clock=clock,
+        )
+        self._lag = config.scheduler.lag
+        self._clock = clock
+        self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
+        self._refused: list[SeqUpdate] = []
+        self._failures = 0
+        self._tainted = -1  # the last step that was in flight when one failed
+        self._idle_rounds = 0
+
+    def add(self, request: Request) -> None:
+        """Queue it. One that the scheduler refuses ends with an ERROR update in the next report."""
+        try:
+            self._scheduler.add(request)
+        except InvalidRequest as error:
+            self._refused.append(SeqUpdate(request.id, finish=FinishReason.ERROR, error=error.message))
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Unknown and finished ids are ignored: the client and the engine may both end a request."""
+        for request_id in request_ids:
+            self._scheduler.abort(request_id)
+
+    def has_work(self) -> bool:
+        return self._scheduler.has_work() or bool(self._in_flight or self._refused)
+
+    def step(self) -> StepReport:
+        """Plan and submit a step, then take in the results that are due. Raises EngineDead (see the class)."""
+        began = self._clock()
+        plan = self._scheduler.schedule()
+        updates, self._refused = self._refused, []
+        submitted = self._submit(plan, updates)
+        while len(self._in_flight) > (self._lag if submitted and plan.items else 0):
+            self._collect(updates)
+        self._watch_for_standstill(plan, updates)
+        seconds = self._clock() - began
+        return StepReport(tuple(updates), replace(self.stats(), step_tokens=_tokens(plan), step_seconds=seconds))
+
+    def _submit(self, plan: StepPlan, updates: list[SeqUpdate]) -> bool:
+        if not (plan.items or plan.dropped or plan.admitted):
+            return False
+        try:
+            handle = self._worker.submit(plan)
+        except Exception as error:  # whatever it was, it ends this step and not the engine
+            while self._in_flight:  # the scheduler hears of steps in their order
+                self._collect(updates)
+            self._fail(plan, error, updates)
+            return False
+        self._in_flight.append((plan, handle))
+        return True
+
+    def _collect(self, updates: list[SeqUpdate]) -> None:
+        plan, handle = self._in_flight.popleft()
+        try:
+            output = handle.result()
+        except Exception as error:  # as in _submit
+            self._fail(plan, error, updates)
+            return
+        updates.extend(self._scheduler.update(output))
+        if plan.items:
+            self._failures = 0
+
+    def _fail(self, plan: StepPlan, error: Exception, updates: list[SeqUpdate]) -> None:
+        logger.error("step %d failed with %d requests", plan.step, len(plan.items), exc_info=error)
+        if plan.step > self._tainted:  # what was in flight behind a failed step is no failure of its own
+            self._failures += 1
+            self._tainted = max((other.step for other, _ in self._in_flight), default=plan.step)
+        if self._failures >= MAX_FAILURES:
+            raise EngineDead(
+                f"{self._failures} steps in a row failed; the last error was: {_describe(error)}"
+            ) from error
+        updates.extend(self._scheduler.fail_step(plan.step, _describe(error)))
+
+    def _watch_for_standstill(self, plan: StepPlan, updates: list[SeqUpdate]) -> None:
+        """Work that can't be planned would turn the engine's loop into a spin: end it loudly instead."""
+        stuck = not (plan.items or updates or self._in_flight) and self._scheduler.has_work()
+        self._idle_rounds = self._idle_rounds + 1 if stuck else 0
+        if self._idle_rounds >= MAX_FAILURES:
+            raise EngineDead("the scheduler holds requests that it can't run")
+
+    def settle(self) -> None:
+        """Call when there is no work left: recounts every block and looks for device state left behind.
+
+        Raises IntegrityError when the books are wrong: nothing that is served after that could be trusted.
+        """
+        assert not self.has_work()
+        self._scheduler.check_integrity()
+        states = self._worker.num_states()
+        if states:
+            logger.error("the worker holds state of %d requests, but none is running", states)
+
+    def check_integrity(self) -> None:
+        """Recount every block, at any time between steps. Raises IntegrityError on a mismatch."""
+        self._scheduler.check_integrity()
+
+    def stats(self) -> EngineStats:
+        return self._scheduler.stats()
+
+    def num_states(self) -> int:
+        return self._worker.num_states()
+
+    def close(self) -> None:
+        self._worker.close()
+
+
+def _tokens(plan: StepPlan) -> int:
+    """Positions that a plan feeds; a pending item feeds at least the token it waits for."""
+    return sum((len(item.tokens) or int(item.pending)) + item.lookahead for item in plan.items)
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def model_info(config: EngineConfig, capacity: Capacity, eos_ids: Iterable[int], created: int) -> ModelInfo:
+    """What a front process knows of a model once its worker is ready; `created` is in unix seconds."""
+    return ModelInfo(
+        id=config.model.name,
+        path=config.model.path,
+        max_model_len=capacity.max_model_len,
+        vocab_size=capacity.vocab_size,
+        eos_ids=tuple(eos_ids),
+        block_size=capacity.block_size,
+        num_blocks=capacity.num_blocks,
+        created=created,
+        quant=config.model.quant,
+        pipeline=config.model.pipeline,
+    )

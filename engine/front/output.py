@@ -1,0 +1,117 @@
+"""What one request has produced: from the engine's news of it to the events its client reads. No torch, no sockets."""
+
+from __future__ import annotations
+
+from engine.tokenizer.detokenizer import Detokenizer
+from engine.tokenizer.tokenizer import Tokenizer
+from engine.types import (
+    FinishReason,
+    Request,
+    RequestSummary,
+    SeqUpdate,
+    TokenEvent,
+    TokenLogprob,
+    Usage,
+)
+
+
+class RequestOutput:
+    """Detokenizes, cuts at stop strings and keeps the times of one request. Times are in `time.monotonic()`."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, n: int = 1) -> None:
+        self.request = request
+        self.n = n
+        self.started = False  # the engine has said something about it
+        self.last_news = request.arrival
+        self.num_tokens = 0  # completion tokens that count
+        self._detokenizer = Detokenizer(tokenizer, request.sampling, request.prompt_ids)
+        self._prompt_logprobs: list[TokenLogprob] = []
+        self._cached_tokens = 0
+        self._preemptions = 0
+        self._scheduled_at: float | None = None
+        self._first_token_at: float | None = None
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(len(self.request.prompt_ids), self.num_tokens, self._cached_tokens)
+
+    def take(self, update: SeqUpdate, now: float) -> TokenEvent | None:
+        """The event of an update that is no error; None when there is nothing to tell yet.
+
+        An event with a `finish` is the last one. If the update itself had none, a stop string has matched and
+        the engine does not know yet that the request is over.
+        """
+        self._note(update)
+        piece = self._detokenizer.push(
+            update.token_ids, final=update.finish is not None, stop_token=update.finish is FinishReason.STOP
+        )
+        first = self.num_tokens == 0
+        self.num_tokens += piece.num_tokens
+        if piece.num_tokens:
+            self._first_token_at = now if self._first_token_at is None else self._first_token_at
+            self.last_news = now
+        finish = FinishReason.STOP if piece.stop is not None else update.finish
+        if not (piece.num_tokens or piece.text or finish):
+            return None
+        return TokenEvent(
+            request_id=self.request.id,
+            token_ids=update.token_ids[: piece.num_tokens],
+            text=piece.text,
+            usage=self.usage,
+            offsets=piece.offsets,
+            logprobs=None if update.logprobs is None else update.logprobs[: piece.num_tokens],
+            prompt_logprobs=self._report_prompt() if first else None,
+            finish=finish,
+            stop_reason=piece.stop if piece.stop is not None else update.stop_token_id,
+        )
+
+    def _note(self, update: SeqUpdate) -> None:
+        self.started = True
+        self._preemptions = update.preemptions
+        self._cached_tokens = update.cached_tokens
+        self._scheduled_at = update.scheduled_at or self._scheduled_at
+        if update.prompt_logprobs and self.num_tokens == 0:
+            self._prompt_logprobs.extend(update.prompt_logprobs)
+
+    def _report_prompt(self) -> tuple[TokenLogprob | None, ...] | None:
+        if self.request.sampling.prompt_logprobs is None:
+            return None
+        report, self._prompt_logprobs = (None, *self._prompt_logprobs), []
+        return report
+
+    def summary(self, finish: FinishReason, now: float) -> RequestSummary:
+        """The durations of a request that ends `now`; phases it did not reach are 0 long."""
+        arrival = self.request.arrival
+        scheduled = now if self._scheduled_at is None else self._scheduled_at
+        first = now if self._first_token_at is None else self._first_token_at
+        return RequestSummary(
+            usage=self.usage,
+            finish=finish,
+            max_tokens=self.request.sampling.max_tokens,
+            n=self.n,
+            e2e=now - arrival,
+            queue=max(0.0, scheduled - arrival),
+            prefill=max(0.0, first - scheduled),
+            decode=now - first,
+            first_token=None if self._first_token_at is None else first - arrival,
+            preemptions=self._preemptions,
+        )
+
+
+def merge(events: list[TokenEvent]) -> TokenEvent:
+    """One event in place of several that follow each other in one request."""
+    if len(events) == 1:
+        return events[0]
+    first, last = events[0], events[-1]
+    asked = first.logprobs is not None or last.logprobs is not None
+    return TokenEvent(
+        request_id=last.request_id,
+        token_ids=tuple(token for event in events for token in event.token_ids),
+        text="".join(event.text for event in events),
+        usage=last.usage,
+        offsets=tuple(offset for event in events for offset in event.offsets),
+        logprobs=tuple(entry for event in events for entry in event.logprobs or ()) if asked else None,
+        prompt_logprobs=first.prompt_logprobs,
+        finish=last.finish,
+        stop_reason=last.stop_reason,
+    )

@@ -1,0 +1,180 @@
+"""LLM: the same engine for offline use from Python, in this process and without a server."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import cast, get_type_hints
+
+from engine.config import EngineConfig, build
+from engine.core import EngineCore, model_info
+from engine.errors import ConfigError, StepFailed
+from engine.front.output import RequestOutput, merge
+from engine.hub.resolve import resolve
+from engine.protocols import WorkerFactory
+from engine.registry import WORKERS
+from engine.registry import resolve as resolve_name
+from engine.tokenizer.tokenizer import Tokenizer
+from engine.types import (
+    FinishReason,
+    Phase,
+    Request,
+    SamplingParams,
+    StepReport,
+    TokenEvent,
+    TokenLogprob,
+    Usage,
+)
+from engine.validate import validate
+
+logger = logging.getLogger(__name__)
+
+CACHE_DIR = Path("~/.cache/slipstream")
+DEFAULTS = SamplingParams(max_tokens=256)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished answer. `token_ids` are those that count: what followed a stop string is not among them."""
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    finish: FinishReason
+    stop_reason: int | str | None
+    usage: Usage
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+
+
+class LLM:
+    """A model in this process. Use it as a context manager, or call `close`.
+
+    `overrides` are keys of the configuration's model, scheduler, kv and parallel sections, for example
+    `LLM("demo", quant="none", max_num_seqs=8, memory="256MiB")`. Raises ConfigError and ModelLoadError.
+    """
+
+    def __init__(
+        self,
+        path: str = "demo",
+        *,
+        config: EngineConfig | None = None,
+        cache_dir: Path | None = None,
+        worker: str = WORKERS["local"],
+        **overrides: object,
+    ) -> None:
+        if config is not None and overrides:
+            raise ConfigError("give LLM a config or single settings, not both")
+        config = config or configure({"path": path, **overrides})
+        folder = resolve(config.model.path, (cache_dir or CACHE_DIR).expanduser(), logger.info)
+        self.tokenizer = Tokenizer.load(folder)
+        loaded = cast(WorkerFactory, resolve_name({worker: worker}, worker, "worker"))(config, folder, _log_phase)
+        self._core = EngineCore(loaded, config)
+        self._ids = itertools.count()
+        self.info = model_info(config, loaded.capacity(), self.tokenizer.eos_ids, int(time.time()))
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Complete texts, or prompts that are token ids already; the answers are in the order of the prompts.
+
+        One `params` is used for all prompts, or there is one for each. The default is up to 256 tokens at
+        temperature 1 with seed 0: equal prompts give equal answers until they get seeds of their own.
+        Raises InvalidRequest before anything is generated, and StepFailed if a request fails inside the engine.
+        """
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        encoded = [self.tokenizer.encode(p) if isinstance(p, str) else p for p in texts]
+        return self._run(encoded, params or DEFAULTS, "prompt")
+
+    def chat(self, messages: Sequence[Mapping[str, object]], params: SamplingParams | None = None) -> Completion:
+        """The next answer of a conversation, through the model's own chat template."""
+        return self._run([self.tokenizer.encode_chat(messages)], params or DEFAULTS, "messages")[0]
+
+    def _run(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], name: str
+    ) -> list[Completion]:
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts, but {len(each)} sets of parameters")
+        requests = [self._request(ids, sampling, name) for ids, sampling in zip(prompts, each, strict=True)]
+        outputs = {request.id: RequestOutput(request, self.tokenizer) for request in requests}
+        events: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
+        for request in requests:
+            self._core.add(request)
+        try:
+            while self._core.has_work():
+                self._take(self._core.step(), outputs, events)
+        except BaseException:  # Ctrl-C too: the next call must start with an empty engine
+            self._core.abort(outputs)
+            raise
+        self._core.settle()
+        return [_completion(request, merge(events[request.id])) for request in requests]
+
+    def _request(self, ids: Sequence[int], sampling: SamplingParams, name: str) -> Request:
+        eos_ids = () if sampling.ignore_eos else self.info.eos_ids
+        request = Request(f"offline-{next(self._ids)}", tuple(ids), sampling, eos_ids, arrival=time.monotonic())
+        return validate(request, self.info, param=name)
+
+    def _take(self, report: StepReport, outputs: dict[str, RequestOutput], events: dict[str, list[TokenEvent]]) -> None:
+        for update in report.updates:
+            output = outputs.get(update.request_id)
+            if output is None:  # over by a stop string, or left from a call that was broken off
+                continue
+            if update.finish is FinishReason.ERROR:
+                raise StepFailed(update.error or "the request failed inside the engine")
+            event = output.take(update, time.monotonic())
+            if event is None:
+                continue
+            events[update.request_id].append(event)
+            if event.finish is not None:
+                del outputs[update.request_id]
+                if update.finish is None:
+                    self._core.abort((update.request_id,))
+
+    def close(self) -> None:
+        self._core.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def configure(settings: Mapping[str, object]) -> EngineConfig:
+    """An engine configuration from keys of all its sections, which have no name in common. Raises ConfigError."""
+    sections = {name: {f.name for f in fields(kind)} for name, kind in get_type_hints(EngineConfig).items()}
+    data: dict[str, dict[str, object]] = {}
+    for key, value in settings.items():
+        section = next((name for name, keys in sections.items() if key in keys), None)
+        if section is None:
+            raise ConfigError(f"{key}: unknown setting; known: {', '.join(sorted(set().union(*sections.values())))}")
+        data.setdefault(section, {})[key] = value
+    return build(EngineConfig, data, "")
+
+
+def _completion(request: Request, event: TokenEvent) -> Completion:
+    assert event.finish is not None
+    return Completion(
+        prompt_ids=request.prompt_ids,
+        token_ids=event.token_ids,
+        text=event.text,
+        finish=event.finish,
+        stop_reason=event.stop_reason,
+        usage=event.usage,
+        logprobs=event.logprobs,
+        prompt_logprobs=event.prompt_logprobs,
+    )
+
+
+def _log_phase(phase: Phase) -> None:
+    logger.info("%s: %.1f s, %.0f MiB %s", phase.name, phase.seconds, phase.memory / 2**20, phase.detail)

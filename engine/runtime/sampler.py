@@ -1,0 +1,155 @@
+"""Draw the next token of every row of a batch. Semantics: the docstring of `SamplingParams`.
+
+A row's token is the argmax of its processed logits plus Gumbel noise, and the noise is a function of the request and
+the position (`rng`): so it does not depend on what else is in the batch, bit for bit on one kind of device. To keep
+that true, no sum over the vocabulary is taken whose order could depend on the batch (`sum` and `logsumexp` do).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.runtime.logit_rules import NEVER
+from engine.runtime.logprobs import prompt_logprobs, top_logprobs
+from engine.runtime.rng import Draw, gumbel_at, gumbel_rows
+from engine.runtime.sampling_layout import Layout
+from engine.runtime.sampling_state import SamplingState
+from engine.runtime.truncation import Kept
+from engine.types import TokenLogprob
+
+__all__ = ["Sampled", "Sampler", "SamplingState", "prompt_logprobs", "top_logprobs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One token per row. A failed row has token 0 and no logprob: its logits held NaN or +inf, or no token may follow.
+
+    `tokens` [n] int64 and `failed` [n] bool are on the device of the logits.
+    """
+
+    tokens: Tensor
+    failed: Tensor
+    logprobs: Sequence[TokenLogprob | None]
+
+
+class Sampler:
+    """Called from one thread. Keeps the layout (and so the states) of the last batch, to use it again for the next."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._layout: Layout | None = None
+
+    def sample(
+        self, logits: Tensor, states: Sequence[SamplingState], logprobs: Sequence[int | None] | None = None
+    ) -> Sampled:
+        """Draw the token at each state's `position`; the caller pushes it once it is committed.
+
+        `logits` [n, vocab_size or more] float32 are only read; columns past the vocabulary are never drawn.
+        `logprobs[i]` is the number of alternatives to report for row i (0: the chosen token only), None for no report.
+        """
+        raw = logits[:, : self._vocab_size]
+        layout = self._layout_of(states, logits.device)
+        if layout.plain_greedy:
+            tokens = first_argmax(raw)
+            failed = raw.gather(1, tokens.unsqueeze(1)).squeeze(1).isfinite().logical_not_()
+        else:
+            tokens, failed = _draw(raw, layout)
+        tokens = tokens.masked_fill_(failed, 0)
+        return Sampled(tokens, failed, _reports(raw, tokens, failed, logprobs or [None] * len(states)))
+
+    def processed_log_probs(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+        """The law that `sample` draws from, as log-probabilities [n, vocab_size] float32.
+
+        Greedy rows are one-hot, failed rows NaN. `logits` [n, vocab_size or more] float32 are only read.
+        """
+        layout = self._layout_of(states, logits.device)
+        edited, largest, failed = _edited(logits[:, : self._vocab_size], layout)
+        laws = torch.full(edited.shape, NEVER, device=logits.device)
+        if layout.greedy:
+            laws[layout.greedy.rows, first_argmax(layout.greedy.take(edited))] = 0.0
+        if layout.free:
+            laws[layout.free.rows] = layout.free.tempered(edited, largest).log_softmax(1)
+        if layout.truncated:
+            scores = layout.truncated.tempered(edited, largest)
+            kept = layout.truncation.apply_(scores)
+            left = torch.full_like(scores, NEVER)
+            left[kept.rows, kept.ids] = scores[kept.rows, kept.ids]
+            laws[layout.truncated.rows] = left.log_softmax(1)
+        return laws.masked_fill_(failed.unsqueeze(1), float("nan"))
+
+    def _layout_of(self, states: Sequence[SamplingState], device: torch.device) -> Layout:
+        if self._layout is None or not self._layout.fits(states, device):
+            self._layout = Layout(states, self._vocab_size, device)
+        return self._layout
+
+
+def first_argmax(scores: Tensor) -> Tensor:
+    """Index of each row's largest value [m] int64, the lowest on ties; a NaN counts as largest."""
+    if scores.device.type == "cpu":  # numpy's is vectorised: 5 us a row of 49,152 against 80
+        return torch.from_numpy(scores.numpy().argmax(axis=1))
+    return scores.argmax(dim=1)
+
+
+def _draw(raw: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Tokens [n], with anything in the failed rows; failed [n]."""
+    edited, largest, failed = _edited(raw, layout)
+    tokens = torch.zeros(len(raw), dtype=torch.int64, device=raw.device)
+    if layout.greedy:
+        tokens[layout.greedy.rows] = first_argmax(layout.greedy.take(edited))
+    if layout.free:
+        scores = layout.free.tempered(edited, largest)
+        scores += gumbel_rows(layout.free.draws(), scores.shape[1], scores.device)
+        tokens[layout.free.rows] = first_argmax(scores)
+    if layout.truncated:
+        scores = layout.truncated.tempered(edited, largest)
+        kept = layout.truncation.apply_(scores)
+        tokens[layout.truncated.rows] = _draw_kept(scores, kept, layout.truncated.draws())
+    return tokens, failed
+
+
+def _edited(raw: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [n, V] after the rules, their largest values [n], and which rows failed [n]. `raw` is not changed."""
+    largest = raw.amax(1)  # NaN where the row has one
+    failed = largest.isfinite().logical_not_()
+    if not layout.rules:
+        return raw, largest, failed
+    edited = raw.clone(memory_format=torch.contiguous_format)
+    layout.rules.apply_(edited)
+    largest = edited.amax(1)
+    return edited, largest, failed.logical_or_(largest.isfinite().logical_not_())
+
+
+def _draw_kept(scores: Tensor, kept: Kept, draws: Sequence[Draw]) -> Tensor:
+    """Draw among the kept tokens of scores [m, V]; noise is made for these only where that is cheaper."""
+    total = len(kept.ids)
+    if total == 0:
+        return torch.zeros_like(kept.sizes)
+    if scores.device.type == "cpu" and scores.numel() < 400_000 + 85 * total:
+        noise = gumbel_rows(draws, scores.shape[1], scores.device)[kept.rows, kept.ids]
+    else:
+        noise = gumbel_at(draws, kept.rows, kept.ids)
+    starts = kept.sizes.cumsum(0) - kept.sizes
+    table = scores.new_full((len(scores), int(kept.sizes.max())), NEVER)
+    table[kept.rows, torch.arange(total, device=scores.device) - starts[kept.rows]] = (
+        scores[kept.rows, kept.ids] + noise
+    )
+    return kept.ids[(starts + first_argmax(table)).clamp_(max=total - 1)]
+
+
+def _reports(raw: Tensor, tokens: Tensor, failed: Tensor, wanted: Sequence[int | None]) -> list[TokenLogprob | None]:
+    """One entry per row, from the raw logits; None where none is wanted and for failed rows."""
+    found: list[TokenLogprob | None] = [None] * len(wanted)
+    if all(count is None for count in wanted):
+        return found
+    bad = failed.tolist()
+    counts = {row: count for row, count in enumerate(wanted) if count is not None and not bad[row]}
+    if counts:
+        rows = torch.tensor(list(counts), dtype=torch.int64, device=raw.device)
+        entries = top_logprobs(raw[rows], tokens[rows], list(counts.values()))
+        for row, entry in zip(counts, entries, strict=True):
+            found[row] = entry
+    return found

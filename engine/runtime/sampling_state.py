@@ -1,0 +1,137 @@
+"""What the sampler remembers of one request: counts for penalties, the tail for bad words, the next position."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.runtime.rng import Draw, Purpose
+from engine.types import Request
+
+GREEDY_BELOW = 1e-5  # temperatures under this take the most likely token
+
+
+class SamplingState:
+    """One request's state between draws; `push` every committed output token, in order.
+
+    Memory is O(prompt + output) with penalties or bad words and O(1) without; `push` is O(1).
+    """
+
+    __slots__ = ("_bans", "_choice", "_min_bans", "allowed", "bias", "counts", "num_outputs", "position", "sampling")
+
+    def __init__(self, request: Request, output_ids: Sequence[int] = ()) -> None:
+        self.sampling = sampling = request.sampling
+        self.position = len(request.prompt_ids)  # of the token to draw
+        self.num_outputs = 0
+        self._choice = request.choice
+        allowed = sampling.allowed_token_ids
+        self.allowed = None if allowed is None else np.array(allowed, dtype=np.int64)
+        self.bias = Bias(sampling.logit_bias) if sampling.logit_bias else None
+        self._min_bans = (*request.eos_ids, *sampling.stop_token_ids) if sampling.min_tokens > 0 else ()
+        self._bans = BadWords(sampling.bad_words, request.prompt_ids) if sampling.bad_words else None
+        self.counts: TokenCounts | None = None
+        if sampling.repetition_penalty != 1.0:
+            self.counts = TokenCounts(request.prompt_ids)
+        elif sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0:
+            self.counts = TokenCounts(())
+        for token in output_ids:
+            self.push(token)
+
+    @property
+    def greedy(self) -> bool:
+        return self.sampling.temperature < GREEDY_BELOW
+
+    @property
+    def ruled(self) -> bool:
+        """May anything but the temperature and the truncations change this request's logits?"""
+        parts = (self.allowed, self.bias, self._bans, self.counts)
+        return bool(self._min_bans) or any(part is not None for part in parts)
+
+    def push(self, token: int) -> None:
+        self.position += 1
+        self.num_outputs += 1
+        if self.counts is not None:
+            self.counts.push(token)
+        if self._bans is not None:
+            self._bans.push(token)
+
+    def banned(self) -> Iterable[int]:
+        """Ids that the next token must not be (possibly repeated, possibly outside the vocabulary)."""
+        if self.num_outputs < self.sampling.min_tokens:
+            yield from self._min_bans
+        if self._bans is not None:
+            yield from self._bans.banned()
+
+    def draw(self, purpose: Purpose = Purpose.TARGET) -> Draw:
+        return Draw(self.sampling.seed, self._choice, self.position, purpose)
+
+
+class Bias:
+    """What to add to which logits; values of equal ids are added up."""
+
+    __slots__ = ("ids", "values")
+
+    def __init__(self, pairs: Iterable[tuple[int, float]]) -> None:
+        sums: dict[int, float] = {}
+        for token, value in pairs:
+            sums[token] = sums.get(token, 0.0) + value
+        self.ids = np.array(list(sums), dtype=np.int64)
+        self.values = np.array(list(sums.values()), dtype=np.float32)
+
+
+class BadWords:
+    """Token sequences that must not appear: the last token is banned where the tokens before it, prompt
+    included, end in the rest of the sequence."""
+
+    __slots__ = ("_longer", "_single", "_tail")
+
+    def __init__(self, words: Iterable[tuple[int, ...]], prompt_ids: Sequence[int]) -> None:
+        words = [word for word in words if word]
+        self._single = [word[0] for word in words if len(word) == 1]
+        self._longer = [word for word in words if len(word) > 1]
+        longest = max((len(word) - 1 for word in self._longer), default=0)
+        self._tail = deque(prompt_ids[max(0, len(prompt_ids) - longest) :], maxlen=longest)
+
+    def push(self, token: int) -> None:
+        self._tail.append(token)
+
+    def banned(self) -> Iterable[int]:
+        yield from self._single
+        tail = tuple(self._tail)
+        for word in self._longer:
+            if tail[1 - len(word) :] == word[:-1]:
+                yield word[-1]
+
+
+class TokenCounts:
+    """The distinct tokens seen so far, and how often each came in the output (0: in the prompt only)."""
+
+    __slots__ = ("_counts", "_ids", "_slots")
+
+    def __init__(self, prompt_ids: Sequence[int]) -> None:
+        self._slots = {token: slot for slot, token in enumerate(dict.fromkeys(prompt_ids))}
+        size = max(64, 2 * len(self._slots))
+        self._ids = np.zeros(size, dtype=np.int64)
+        self._ids[: len(self._slots)] = np.fromiter(self._slots, dtype=np.int64, count=len(self._slots))
+        self._counts = np.zeros(size, dtype=np.float32)
+
+    def push(self, token: int) -> None:
+        slot = self._slots.setdefault(token, len(self._slots))
+        if slot == len(self._ids):
+            self._ids = np.concatenate((self._ids, np.zeros_like(self._ids)))
+            self._counts = np.concatenate((self._counts, np.zeros_like(self._counts)))
+        self._ids[slot] = token
+        self._counts[slot] += 1.0
+
+    @property
+    def ids(self) -> npt.NDArray[np.int64]:
+        """[distinct]"""
+        return self._ids[: len(self._slots)]
+
+    @property
+    def counts(self) -> npt.NDArray[np.float32]:
+        """[distinct], exact up to 2^24"""
+        return self._counts[: len(self._slots)]

@@ -1,0 +1,96 @@
+"""How much of a sequence the next step may run: arithmetic on its counters and its shares in flight."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from engine.types import DecodeTraits, ScheduledSeq, Sequence
+
+
+class Share(NamedTuple):
+    """Feed `feed` tokens from position `start`, then write up to `lookahead` positions more."""
+
+    start: int
+    feed: int
+    lookahead: int
+    pending: bool
+
+
+def samples(seq: Sequence, item: ScheduledSeq) -> bool:
+    """Does this share in flight reach the end of the committed tokens, so that it may commit new ones?"""
+    return item.pending or item.start + len(item.tokens) >= seq.num_tokens
+
+
+def awaits_tokens(seq: Sequence) -> bool:
+    """Is a step in flight about to commit tokens that the scheduler has not seen?"""
+    return bool(seq.in_flight) and samples(seq, seq.in_flight[-1])
+
+
+def backlog(seq: Sequence, traits: DecodeTraits) -> int | None:
+    """Tokens to feed before the sequence can go on, or None if it has to wait for a step in flight.
+
+    Behind a sampling step that is one token, yet unseen; but not where that step may reach the sequence's limit,
+    and not for sequences that can't be chunked: what those feed next depends on the result.
+    """
+    if not seq.in_flight:
+        return seq.num_tokens - seq.num_computed
+    if not traits.chunkable:
+        return None
+    if awaits_tokens(seq):
+        return 1 if seq.num_reserved + 1 < seq.limit else None
+    return seq.num_tokens - seq.num_reserved
+
+
+def reserved(seq: Sequence) -> int:
+    """Upper bound of the positions that are or may be written, from what is committed and what is in flight.
+
+    A sampling step that may write up to position e commits at most e + 1 tokens: the last has no KV yet.
+    """
+    if not seq.in_flight:
+        return seq.num_computed
+    bound, tokens = seq.num_computed, seq.num_tokens
+    for item in seq.in_flight:
+        fed = tokens if item.pending else item.start + len(item.tokens)
+        bound = fed + item.lookahead
+        tokens = max(tokens, bound + 1)
+    return bound
+
+
+class StepBudget:
+    """Splits `max_batched_tokens` over one step's sequences, which must be offered shares in the order of `backlogs`.
+
+    Decodes are never starved by prefills: what all of them need is set aside first. Their lookahead shrinks to
+    what is left, and to half of that while prompts wait, so that drafting never keeps a prompt out. Prompts get
+    the rest, in chunks. A sequence that can't be chunked is planned whole; larger than the budget, it runs alone.
+    """
+
+    def __init__(self, total: int, traits: DecodeTraits, backlogs: list[int], *, queued: bool) -> None:
+        """`backlogs`: what each running sequence has to feed; `queued`: could a waiting one start in this step?"""
+        self.left = total
+        self._total = total
+        self._chunkable = traits.chunkable
+        self._lookahead = traits.lookahead
+        self._decode_limit = traits.lookahead + 1 if traits.chunkable else -1  # a longer backlog is a prefill
+        decodes = [todo for todo in backlogs if todo <= self._decode_limit]
+        if decodes and traits.lookahead:
+            spare = max(0, total - sum(decodes))
+            spare = spare // 2 if queued or len(decodes) < len(backlogs) else spare
+            self._lookahead = min(traits.lookahead, spare // len(decodes))
+        self._set_aside = min(total, sum(decodes) + len(decodes) * self._lookahead)
+
+    def offer(self, seq: Sequence, start: int, todo: int, *, pending: bool = False) -> Share | None:
+        """What the sequence may run from `start` with `todo` tokens to feed; None if nothing is left for it."""
+        room = self.left - self._set_aside
+        complete = start + todo
+        if not self._chunkable:
+            lookahead = min(self._lookahead, seq.limit - complete)
+            alone = self.left == self._total
+            return Share(start, todo, lookahead, pending) if todo + lookahead <= room or alone else None
+        feed = min(todo, room)
+        lookahead = min(self._lookahead, room - feed, seq.limit - complete) if feed == todo else 0
+        return Share(start, feed, lookahead, pending) if feed >= 0 and feed + lookahead > 0 else None
+
+    def visit(self, todo: int) -> None:
+        """A running sequence has its turn: what was set aside for it is free to be spent, by it or others."""
+        if todo <= self._decode_limit:
+            self._set_aside = max(0, self._set_aside - todo - self._lookahead)

@@ -1,0 +1,112 @@
+"""Block tables: finds a sequence's cached prefix, grows its table, publishes what is final, gives all back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from engine.errors import IntegrityError
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.hashing import BlockHasher
+from engine.types import Sequence
+
+
+class KVManager:
+    """Tables are append-only between `admit` and `release`; with `prefix_cache` off nothing is hashed at all."""
+
+    def __init__(self, num_blocks: int, block_size: int, hash_seed: bytes, *, prefix_cache: bool) -> None:
+        self.pool = BlockPool(num_blocks)
+        self.block_size = block_size
+        self.prefix_cache = prefix_cache
+        self._hasher = BlockHasher(hash_seed)
+
+    def match(self, seq: Sequence) -> list[int]:
+        """Published blocks that hold the leading tokens of a waiting sequence. Takes none of them yet.
+
+        At least one token is always left to compute, because a step that feeds nothing can't say what follows.
+        A request for prompt log-probabilities reuses only positions whose log-probabilities it has already had.
+        """
+        if not self.prefix_cache:
+            return []
+        usable = seq.num_tokens - 1
+        if seq.request.sampling.prompt_logprobs is not None and seq.num_scored < len(seq.request.prompt_ids) - 1:
+            usable = seq.num_scored
+        found: list[int] = []
+        for index in range(usable // self.block_size):
+            block = self.pool.lookup(self._digest(seq, index))
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def shortage(self, found: list[int], end: int) -> int:
+        """Free blocks that are missing to admit a sequence with these matched blocks up to position `end`."""
+        woken = sum(1 for block in found if self.pool.references(block) == 0)
+        return self._blocks(end) - len(found) + woken - self.pool.num_free
+
+    def admit(self, seq: Sequence, found: list[int], end: int) -> None:
+        """Give a sequence its matched blocks and fresh ones up to position `end`; there must be no shortage."""
+        for block in found:
+            self.pool.share(block)
+        seq.block_ids.extend(found)
+        seq.num_computed = seq.num_reserved = len(found) * self.block_size
+        seq.num_published = len(found)
+        self.grow(seq, end)
+
+    def grow(self, seq: Sequence, end: int) -> bool:
+        """Cover positions 0 .. end - 1. False, and nothing changed, if the pool has too few free blocks."""
+        missing = self._blocks(end) - len(seq.block_ids)
+        if missing > self.pool.num_free:
+            return False
+        if missing > 0:
+            seq.block_ids.extend(self.pool.take() for _ in range(missing))
+        if len(seq.block_table) != len(seq.block_ids):
+            seq.block_table = tuple(seq.block_ids)
+        return True
+
+    def publish(self, seq: Sequence) -> None:
+        """Let every full block be found whose tokens are committed and whose KV is final."""
+        if not self.prefix_cache:
+            return
+        full = min(seq.num_computed, seq.num_tokens) // self.block_size
+        for index in range(seq.num_published, full):
+            self.pool.publish(seq.block_ids[index], self._digest(seq, index))
+        seq.num_published = max(seq.num_published, full)
+
+    def withdraw(self, seq: Sequence) -> None:
+        """Its KV is in doubt: no block of it, its own or matched, may be found from now on."""
+        for block in seq.block_ids:
+            self.pool.unpublish(block)
+
+    def release(self, seq: Sequence) -> None:
+        """Give all blocks back, the last one first; what was published stays findable until it is evicted."""
+        for block in reversed(seq.block_ids):
+            self.pool.release(block)
+        seq.block_ids.clear()
+        seq.block_table = ()
+        seq.num_computed = seq.num_reserved = seq.num_published = 0
+
+    def check(self, sequences: Iterable[Sequence]) -> None:
+        """Recount every block against the block tables. Raises IntegrityError with details."""
+        owners: Counter[int] = Counter()
+        for seq in sequences:
+            if seq.block_table != tuple(seq.block_ids):
+                raise IntegrityError(f"{seq.request.id}: the planned block table is not the sequence's own")
+            if len(set(seq.block_ids)) != len(seq.block_ids):
+                raise IntegrityError(f"{seq.request.id}: a block stands twice in the block table {seq.block_ids}")
+            if self._blocks(max(seq.num_computed, seq.num_reserved)) > len(seq.block_ids):
+                raise IntegrityError(f"{seq.request.id}: {seq.num_reserved} positions in {len(seq.block_ids)} blocks")
+            owners.update(seq.block_ids)
+        self.pool.check(owners)
+
+    def _blocks(self, positions: int) -> int:
+        return -(-positions // self.block_size)
+
+    def _digest(self, seq: Sequence, index: int) -> bytes:
+        """Digest of full block `index`; hashes each block of a sequence once in its life."""
+        digests, size = seq.digests, self.block_size
+        while len(digests) <= index:
+            start = len(digests) * size
+            parent = digests[-1] if digests else self._hasher.root(seq.request.cache_salt)
+            digests.append(self._hasher.extend(parent, seq.ids(start, start + size)))
+        return digests[index]

@@ -1,0 +1,133 @@
+"""Chooses what the next step runs: running sequences by rank, then the head of the queue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from engine.config import SchedulerConfig
+from engine.scheduling.budget import Share, StepBudget, awaits_tokens, backlog
+from engine.scheduling.kv_manager import KVManager
+from engine.scheduling.roster import Roster
+from engine.types import Admission, Capacity, ScheduledSeq, Sequence, SequenceStatus
+
+
+class Planner:
+    """Order: by priority (lower first), then arrival; running sequences before waiting ones.
+
+    When memory is short, the last running sequence in that order loses its blocks to the prefix cache and waits
+    again, keeping its tokens (preemption by recompute). A waiting request may push out running ones of a lower
+    priority, at the end of their step, only if that gives it enough memory; it never pushes out anyone for a
+    place among `max_num_seqs`.
+    """
+
+    def __init__(
+        self, capacity: Capacity, config: SchedulerConfig, kv: KVManager, roster: Roster, clock: Callable[[], float]
+    ) -> None:
+        self._traits = capacity.traits
+        self._total = config.max_batched_tokens
+        self._max_running = min(config.max_num_seqs, config.max_batched_tokens)  # each must get its token
+        self._watermark = capacity.num_blocks // 100  # blocks that an admission leaves to those that run
+        self._kv = kv
+        self._roster = roster
+        self._clock = clock
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+
+    def plan(self) -> tuple[tuple[ScheduledSeq, ...], tuple[Admission, ...]]:
+        """The items and admissions of the next step; `num_reserved` and `in_flight` count them from now on."""
+        items: list[ScheduledSeq] = []
+        admitted: list[Admission] = []
+        ready = [(seq, todo) for seq in self._roster.running if (todo := backlog(seq, self._traits)) is not None]
+        queued = len(self._roster.running) < self._max_running and self._roster.waiting.head() is not None
+        budget = StepBudget(self._total, self._traits, [todo for _, todo in ready], queued=queued)
+        if self._plan_running(ready, budget, items):
+            while (seq := self._admit_head(budget, items)) is not None:
+                admitted.append(Admission(seq.request, tuple(seq.output_ids)))
+        return tuple(items), tuple(admitted)
+
+    def _plan_running(self, ready: list[tuple[Sequence, int]], budget: StepBudget, items: list[ScheduledSeq]) -> bool:
+        """Plan those that run already. False if memory was short: then nobody may be admitted in this step."""
+        enough = True
+        for seq, todo in ready:
+            budget.visit(todo)
+            if seq.status is not SequenceStatus.RUNNING:  # preempted for one before it
+                continue
+            share = budget.offer(seq, seq.num_reserved, todo, pending=awaits_tokens(seq))
+            if share is None:
+                continue
+            if not self._kv.grow(seq, share.start + share.feed + share.lookahead):
+                enough = False
+                if not self._make_room(seq, share):
+                    continue
+            items.append(_item(seq, share, budget))
+        return enough
+
+    def _make_room(self, seq: Sequence, share: Share) -> bool:
+        """Preempt from the end of the order until `seq` can grow. False if it must wait, or was the last itself.
+
+        Everyone before `seq` in the order is planned already and everyone after it is not, so no plan is undone.
+        If blocks are on their way back from steps in flight, they are awaited rather than more taken.
+        """
+        end = share.start + share.feed + share.lookahead
+        while not self._kv.grow(seq, end):
+            if self._roster.leaving:
+                return False
+            victim = self._roster.running[-1]
+            self._roster.preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _admit_head(self, budget: StepBudget, items: list[ScheduledSeq]) -> Sequence | None:
+        """Start the head of the queue, with blocks for all its tokens at once; None if it has to wait.
+
+        Nobody overtakes the head: a long prompt gets its turn as soon as enough memory is free.
+        """
+        seq = self._roster.waiting.head()
+        if seq is None or len(self._roster.running) >= self._max_running or budget.left <= 0:
+            return None
+        found = self._kv.match(seq)
+        start = len(found) * self._kv.block_size
+        share = budget.offer(seq, start, seq.num_tokens - start)
+        if share is None:
+            return None
+        end = min(seq.num_tokens + self._traits.lookahead, seq.limit)
+        missing = self._kv.shortage(found, end) + (self._watermark if self._roster.running else 0)
+        if missing > 0:
+            self._push_out(seq, missing)
+            return None
+        self._roster.start(found, end)
+        if seq.preemptions == 0:
+            self._count_first(seq, start)
+        items.append(_item(seq, share, budget))
+        return seq
+
+    def _push_out(self, seq: Sequence, missing: int) -> None:
+        """Preempt running sequences of a lower priority, the last first, if that may free `missing` blocks."""
+        lower = [other for other in reversed(self._roster.running) if other.request.priority > seq.request.priority]
+        if self._roster.leaving or sum(len(other.block_ids) for other in lower) < missing:
+            return
+        for other in lower:
+            if missing <= 0:
+                break
+            missing -= len(other.block_ids)
+            self._roster.preempt(other)
+
+    def _count_first(self, seq: Sequence, cached: int) -> None:
+        """Admissions after a preemption are not counted: they would find the sequence's own blocks."""
+        seq.scheduled_at = self._clock()
+        seq.cached_tokens = cached
+        if self._kv.prefix_cache and seq.request.sampling.prompt_logprobs is None:
+            self.prefix_queries += len(seq.request.prompt_ids)
+            self.prefix_hits += cached
+
+
+def _item(seq: Sequence, share: Share, budget: StepBudget) -> ScheduledSeq:
+    """Put a share, whose blocks are there, into the step."""
+    start, feed, lookahead, pending = share
+    tokens = () if pending else seq.ids(start, start + feed)
+    item = ScheduledSeq(seq.request.id, start, tokens, lookahead, seq.block_table, pending)
+    seq.in_flight.append(item)
+    seq.num_reserved = start + feed + lookahead
+    budget.left -= feed + lookahead
+    return item

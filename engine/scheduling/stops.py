@@ -1,0 +1,58 @@
+"""Where a sequence ends: the stops that are token ids and counts. Stop strings are the front process's."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from engine.types import Capacity, FinishReason, Request, Sequence
+
+
+class Cut(NamedTuple):
+    """How many of a step's new tokens count, and whether the sequence ends with the last of them."""
+
+    kept: int
+    finish: FinishReason | None = None
+    stop_token_id: int | None = None
+
+
+def cut(seq: Sequence, new_tokens: tuple[int, ...]) -> Cut:
+    """Find the end in the tokens that a sampling step drew. A stop token itself counts; what follows it does not.
+
+    The first `min_tokens` tokens can't stop a sequence. An id that is end-of-sequence as well as the client's
+    stop id counts as end-of-sequence. A stop on the very last token that fits is a stop, not a length.
+    """
+    room = seq.limit - seq.num_tokens
+    if seq.stop_ids:
+        protected = seq.request.sampling.min_tokens - len(seq.output_ids)
+        for index, token in enumerate(new_tokens[:room]):
+            if token in seq.stop_ids and index >= protected:
+                return Cut(index + 1, FinishReason.STOP, None if token in seq.request.eos_ids else token)
+    if len(new_tokens) >= room:
+        return Cut(room, FinishReason.LENGTH)
+    return Cut(len(new_tokens))
+
+
+def limit(request: Request, capacity: Capacity) -> int:
+    """The most tokens, prompt included, that a request may have.
+
+    The size of the pool is one of the bounds, as a guard (max_model_len should already fit it): a sequence that
+    fills the whole pool by itself ends with LENGTH, as at the end of the context.
+    """
+    most = min(capacity.max_model_len, capacity.num_blocks * capacity.block_size)
+    return min(len(request.prompt_ids) + max(0, request.sampling.max_tokens), most)
+
+
+def never_fits(request: Request, capacity: Capacity) -> str | None:
+    """Why a request can never run, or None. The front checks first; this guard keeps the queue from hanging."""
+    prompt = request.prompt_ids
+    if not prompt:
+        return "the prompt is empty"
+    if min(prompt) < 0 or max(prompt) >= capacity.vocab_size:
+        return f"the prompt holds token ids outside the vocabulary of {capacity.vocab_size}"
+    needed = len(prompt) + (1 if request.sampling.max_tokens > 0 else 0)
+    if needed > capacity.max_model_len:
+        return f"the prompt of {len(prompt)} tokens leaves no room in the context of {capacity.max_model_len}"
+    held = capacity.num_blocks * capacity.block_size
+    if needed > held:
+        return f"the prompt of {len(prompt)} tokens leaves no room in the KV cache, which holds {held} tokens"
+    return None

@@ -1,0 +1,131 @@
+"""The frame around choices: usage, the head that all chunks of a stream share, and whole answers.
+
+Plain dicts and not models, as they are built for every chunk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Protocol, TypeVar
+
+from engine.errors import EngineDead, StepFailed
+from engine.types import FinishReason, ModelInfo, TokenEvent, Usage
+from server.convert import Job
+
+Fields = dict[str, object]
+T = TypeVar("T")
+
+
+class Choices(Protocol):
+    """How one endpoint writes a choice. `choices.py` has one class per endpoint."""
+
+    @property
+    def kind(self) -> str:
+        """The `object` of a whole answer."""
+        ...
+
+    @property
+    def chunk_kind(self) -> str: ...
+
+    def opening(self, index: int) -> Fields | None:
+        """What a stream says of a choice before its first token."""
+        ...
+
+    def piece(self, index: int, event: TokenEvent) -> Fields | None:
+        """A choice of one chunk; None when the event has nothing to tell the client."""
+        ...
+
+    def whole(self, index: int, event: TokenEvent) -> Fields:
+        """The choice of an answer that is not streamed; `event` is all its events in one."""
+        ...
+
+    def extras(self, first: TokenEvent | None) -> Fields:
+        """Fields beside `choices`, of a whole answer (with its first event) or of a stream's first chunk (None)."""
+        ...
+
+
+def finish_word(finish: FinishReason | None) -> str | None:
+    """The client's word for an end, None while there is none. Raises for ends that are no answers."""
+    if finish is FinishReason.ABORT:
+        raise EngineDead("the request was cancelled by the server")
+    if finish is FinishReason.ERROR:
+        raise StepFailed("the request failed")
+    return None if finish is None else finish.value
+
+
+class UsageMeter:
+    """Sums tokens over the choices of a job: every prompt once, the completions of all choices."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._latest: dict[int, Usage] = {}
+
+    def note(self, index: int, usage: Usage) -> None:
+        self._latest[index] = usage
+
+    def total(self) -> Fields:
+        prompt = sum(len(prompt.ids) for prompt in self._job.prompts)
+        completion = 0 if self._job.score_only else sum(usage.completion_tokens for usage in self._latest.values())
+        cached = sum(usage.cached_tokens for index, usage in self._latest.items() if index % self._job.n == 0)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": 0},
+        }
+
+
+def fingerprint(info: ModelInfo) -> str:
+    """Changes when the same request might get another answer; tells nothing of paths."""
+    facts = (info.path, info.pipeline, info.quant, info.max_model_len, info.vocab_size, info.eos_ids)
+    return f"fp_{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
+
+
+def head(job: Job, kind: str) -> Fields:
+    """The fields that are equal on all chunks of a stream."""
+    return {
+        "id": job.id,
+        "object": kind,
+        "created": job.created,
+        "model": job.model,
+        "system_fingerprint": fingerprint(job.engine.info),
+    }
+
+
+def join(events: Sequence[TokenEvent]) -> TokenEvent:
+    """One event in place of all events of a request."""
+    last = events[-1]
+    return TokenEvent(
+        request_id=last.request_id,
+        token_ids=_flat(event.token_ids for event in events),
+        text="".join(event.text for event in events),
+        usage=last.usage,
+        offsets=_flat(event.offsets for event in events),
+        logprobs=_flat(event.logprobs or () for event in events),
+        prompt_logprobs=events[0].prompt_logprobs,
+        finish=last.finish,
+        stop_reason=last.stop_reason,
+    )
+
+
+def whole_answer(job: Job, choices: Choices, events: Sequence[Sequence[TokenEvent]]) -> Fields:
+    """The body of an answer that is not streamed; `events` holds those of each choice, in order.
+
+    Raises StepFailed or EngineDead if a choice did not end well.
+    """
+    joined = [join(own) for own in events]
+    meter = UsageMeter(job)
+    for index, event in enumerate(joined):
+        meter.note(index, event.usage)
+    return {
+        **head(job, choices.kind),
+        "choices": [choices.whole(index, event) for index, event in enumerate(joined)],
+        "usage": meter.total(),
+        **choices.extras(joined[0]),
+    }
+
+
+def _flat(parts: Iterable[Sequence[T]]) -> tuple[T, ...]:
+    return tuple(item for part in parts for item in part)

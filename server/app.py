@@ -1,0 +1,86 @@
+"""The application: engines, settings and metrics in, an ASGI app out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.middleware.cors import CORSMiddleware
+
+from engine.types import Phase
+from server import errors
+from server.auth import KeyRing
+from server.contract import Engine, Metrics
+from server.lifecycle import Lifecycle
+from server.middleware import Exchanges
+from server.routes import ROUTERS
+from server.service import Service, UnknownFields
+from server.settings import Settings
+from server.version import version
+
+
+def create_app(
+    engines: Mapping[str, Engine],
+    settings: Settings,
+    metrics: Metrics,
+    *,
+    on_phase: Callable[[Phase], None] = lambda _: None,
+    on_ready: Callable[[], None] = lambda: None,
+) -> FastAPI:
+    """Build the app. Its lifespan starts the engines in the background, and at the end drains and closes them.
+
+    `on_phase` hears of every start-up phase, `on_ready` once when all engines are ready.
+    """
+    lifecycle = Lifecycle(engines, metrics, on_phase, on_ready)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
+        lifecycle.begin()
+        try:
+            yield
+        finally:
+            await lifecycle.drain(settings.drain_timeout)
+            await lifecycle.close()
+
+    app = FastAPI(
+        title="Slipstream",
+        version=version(),
+        lifespan=lifespan,
+        root_path=settings.root_path,
+        redirect_slashes=False,
+    )
+    app.state.service = Service(engines, settings, metrics, lifecycle, KeyRing(settings.keys), UnknownFields())
+    for router in ROUTERS:
+        app.include_router(router)
+    errors.install(app)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    app.add_middleware(Exchanges, metrics=metrics, log_requests=settings.log_requests)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # the way that FastAPI documents
+    return app
+
+
+def _openapi(app: FastAPI) -> dict[str, object]:
+    """FastAPI's schema, with our errors (400, OpenAI's shape) in place of its own (422)."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        parts = schema.setdefault("components", {}).setdefault("schemas", {})
+        parts.pop("HTTPValidationError", None)
+        parts.pop("ValidationError", None)
+        parts["Error"] = errors.SCHEMA
+        content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+        for path in schema["paths"].values():
+            for operation in path.values():
+                if operation["responses"].pop("422", None):
+                    operation["responses"]["4XX"] = {"description": "The request is at fault.", "content": content}
+                    operation["responses"]["5XX"] = {"description": "The server is at fault.", "content": content}
+        app.openapi_schema = schema
+    return app.openapi_schema

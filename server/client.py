@@ -1,0 +1,216 @@
+"""`slipstream chat` and `slipstream complete`: small HTTP clients that work with any OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+
+import httpx
+import msgspec
+
+_HELP = "/clear forgets the conversation, /exit leaves (as does Ctrl-D); Ctrl-C stops an answer."
+
+
+class ClientError(Exception):
+    """The server can't be reached or said no; the message is for the user."""
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str = ""
+    delta: _Delta = msgspec.field(default_factory=_Delta)
+
+
+class _Error(msgspec.Struct):
+    message: str
+
+
+class _Chunk(msgspec.Struct):
+    """One event of a stream, or the body of an error: only the fields that are read here."""
+
+    choices: list[_Choice] = msgspec.field(default_factory=list)
+    error: _Error | None = None
+
+
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _ModelList(msgspec.Struct):
+    data: list[_Model]
+
+
+class Client:
+    """One server, one model. Raises ClientError for everything that can go wrong on the way."""
+
+    def __init__(self, url: str, api_key: str | None, model: str | None, options: Mapping[str, float | int]) -> None:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        timeout = httpx.Timeout(10, read=None)  # a long queue is no error
+        self._http = httpx.Client(base_url=_base(url), headers=headers, timeout=timeout)
+        self._options = options
+        self.model = model or ""
+
+    def find_model(self) -> None:
+        """Take the first model that the server has, unless one was named."""
+        if self.model:
+            return
+        with self._friendly():
+            response = self._http.get("models")
+            _raise_for_error(response)
+            models = msgspec.json.decode(response.content, type=_ModelList).data
+        if not models:
+            raise ClientError(f"the server at {self._http.base_url} serves no model")
+        self.model = models[0].id
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> Generator[str, None, None]:
+        """The pieces of the answer, as they come."""
+        for chunk in self._stream("chat/completions", {"messages": list(messages)}):
+            yield from (choice.delta.content or "" for choice in chunk.choices)
+
+    def complete(self, prompt: str) -> Generator[str, None, None]:
+        """The pieces of the continuation, as they come."""
+        for chunk in self._stream("completions", {"prompt": prompt}):
+            yield from (choice.text for choice in chunk.choices)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def _stream(self, path: str, body: Mapping[str, object]) -> Generator[_Chunk, None, None]:
+        body = {"model": self.model, "stream": True, **self._options, **body}
+        with self._friendly(), self._http.stream("POST", path, json=body) as response:
+            if response.is_error:
+                response.read()
+            _raise_for_error(response)
+            for line in response.iter_lines():
+                field, _, data = line.partition(":")
+                if field != "data":
+                    continue  # comments keep the connection alive
+                if data.strip() == "[DONE]":
+                    return
+                chunk = msgspec.json.decode(data, type=_Chunk)
+                if chunk.error is not None:
+                    raise ClientError(chunk.error.message)
+                yield chunk
+            raise ClientError("the answer ended before it was complete")
+
+    @contextlib.contextmanager
+    def _friendly(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx.ConnectError as error:
+            hint = "start one with `slipstream serve`"
+            raise ClientError(f"no server answers at {self._http.base_url}; {hint}") from error
+        except httpx.HTTPError as error:
+            raise ClientError(f"the connection to {self._http.base_url} failed: {error}") from error
+        except msgspec.DecodeError as error:
+            raise ClientError(f"{self._http.base_url} answers, but not like an OpenAI API: {error}") from error
+
+
+def _base(url: str) -> str:
+    """`url` with the API's path, whether the user wrote it or not."""
+    url = url.rstrip("/")
+    return f"{url if '://' in url else f'http://{url}'}{'' if url.endswith('/v1') else '/v1'}/"
+
+
+def _raise_for_error(response: httpx.Response) -> None:
+    if response.is_success:
+        return
+    reason = f"HTTP {response.status_code} {response.reason_phrase}"
+    with contextlib.suppress(msgspec.DecodeError):
+        error = msgspec.json.decode(response.content, type=_Chunk).error
+        reason = error.message if error is not None else reason
+    raise ClientError(reason)
+
+
+# ---- the commands ----------------------------------------------------------------------------------------
+
+
+def chat(arguments: Sequence[str]) -> int:
+    """Talk to a served model until the user leaves."""
+    parser = _parser("chat", f"Talk to a served model. {_HELP}")
+    parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
+    parsed = parser.parse_args(arguments)
+    system = [{"role": "system", "content": parsed.system}] if parsed.system else []
+    return _with_client(parsed, lambda client: _converse(client, system))
+
+
+def complete(arguments: Sequence[str]) -> int:
+    """Print the continuation of a text."""
+    parser = _parser("complete", "Print how a served model continues a text.")
+    parser.add_argument("text", help="the text to continue; - reads it from standard input")
+    parsed = parser.parse_args(arguments)
+    return _with_client(
+        parsed, lambda client: _print_pieces(client.complete(sys.stdin.read() if parsed.text == "-" else parsed.text))
+    )
+
+
+def _with_client(parsed: argparse.Namespace, use: Callable[[Client], object]) -> int:
+    names = ("max_tokens", "temperature", "top_p", "seed")
+    options = {name: value for name in names if (value := getattr(parsed, name)) is not None}
+    try:
+        with contextlib.closing(Client(parsed.url, parsed.api_key, parsed.model, options)) as client:
+            client.find_model()
+            use(client)
+    except (ClientError, httpx.InvalidURL) as error:
+        print(f"slipstream: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _converse(client: Client, system: list[dict[str, str]]) -> None:
+    history = list(system)
+    prompt = ""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # importing it gives input() line editing and history
+        print(f"{client.model}. {_HELP}")
+        prompt = "> "
+    while True:
+        try:
+            text = input(prompt).strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text in ("/exit", "/quit"):
+            return
+        if text == "/clear":
+            history = list(system)
+        elif text.startswith("/"):
+            print(_HELP)
+        elif text:
+            history.append({"role": "user", "content": text})
+            try:
+                answer = _print_pieces(client.chat(history))
+            except ClientError as error:
+                print(f"slipstream: {error}", file=sys.stderr)
+                history.pop()  # so that the next message does not fail for the same reason
+            else:
+                history.append({"role": "assistant", "content": answer})
+
+
+def _print_pieces(pieces: Generator[str, None, None]) -> str:
+    """Print a stream as it comes and return the whole of it; Ctrl-C ends it, and closing it tells the server."""
+    whole = []
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(pieces):
+        for piece in pieces:
+            whole.append(piece)
+            print(piece, end="", flush=True)
+    print()
+    return "".join(whole)
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"slipstream {command}", description=description)
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the server is (default: %(default)s)")
+    parser.add_argument("--model", metavar="ID", help="which model to ask (default: the first one it serves)")
+    parser.add_argument("--api-key", metavar="KEY", help="the key, where the server wants one")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="at most this many tokens (default: the server's)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token each time")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens of this joint mass")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+    return parser

@@ -1,0 +1,235 @@
+"""What `/metrics` shows. One `Metrics` per server, with a registry of its own; one observer per served model.
+
+Every label value comes from a closed set (models served, routes, HTTP methods, reasons), so no client can grow the
+page. Label children are looked up once per model: an observer's call costs a few attribute reads and additions.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    Summary,
+    generate_latest,
+)
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from engine.config import KVConfig
+from engine.protocols import EngineObserver
+from engine.types import EngineStats, ModelInfo, RequestSummary
+from server import metric_names as names
+
+_UNCOUNTED_HANDLERS = frozenset({"/metrics", "/health", "/ready", "/load", "/ping", "/version", "/server_info"})
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+class Metrics:
+    """The registry and everything in it. Use it from one thread."""
+
+    def __init__(self, kv: KVConfig | None = None) -> None:
+        self._kv = kv or KVConfig()
+        self.registry = CollectorRegistry()
+        self._families = _Families(self.registry)
+        self._http = _HttpMetrics(self.registry)
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+
+    def observer(self, model_name: str, info: ModelInfo, engine: int = 0) -> EngineObserver:
+        """The observer of one served model; from now on its series are exposed, starting at 0."""
+        self._families.cache_config.labels(
+            model_name=model_name,
+            engine=str(engine),
+            block_size=str(info.block_size),
+            num_gpu_blocks=str(info.num_blocks),
+            gpu_memory_utilization=f"{self._kv.utilization:g}",
+            enable_prefix_caching=str(self._kv.prefix_cache),
+            cache_dtype="auto",
+        ).set(1)
+        return _ModelObserver(self._families, model_name, str(engine))
+
+    def observe_http(
+        self, handler: str, method: str, status: int, seconds: float, request_bytes: int, response_bytes: int
+    ) -> None:
+        """Count one finished HTTP exchange. `handler` is the route's template, or "none" where no route matched."""
+        if handler not in _UNCOUNTED_HANDLERS:
+            self._http.observe(handler, method, status, seconds, request_bytes, response_bytes)
+
+    def render(self) -> tuple[bytes, str]:
+        """The page and its content type, in Prometheus' text format 0.0.4 (which every scraper reads)."""
+        return generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
+
+
+class _Families:
+    """The engine's metric families, without label values yet."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        labels = names.MODEL_LABELS
+        self.gauges = {name: Gauge(name, text, labels, registry=registry) for name, text in names.GAUGES.items()}
+        self.counters = {name: Counter(name, text, labels, registry=registry) for name, text in names.COUNTERS.items()}
+        self.histograms = {
+            name: Histogram(name, text, labels, buckets=buckets, registry=registry)
+            for name, (text, buckets) in names.HISTOGRAMS.items()
+        }
+        self.labelled_gauges = {
+            name: Gauge(name, text, (*labels, label), registry=registry)
+            for name, (text, label, _) in names.LABELLED_GAUGES.items()
+        }
+        self.labelled_counters = {
+            name: Counter(name, text, (*labels, label), registry=registry)
+            for name, (text, label, _) in names.LABELLED_COUNTERS.items()
+        }
+        self.rejections = Counter(
+            "vllm:admission_rejections_total",
+            "Requests refused because of load.",
+            ("model_name", "reason"),
+            registry=registry,
+        )
+        self.cache_config = Gauge(
+            "vllm:cache_config_info",
+            "How the KV cache is set up; always 1.",
+            (
+                *labels,
+                *("block_size", "num_gpu_blocks", "gpu_memory_utilization", "enable_prefix_caching", "cache_dtype"),
+            ),
+            registry=registry,
+        )
+
+
+class _ModelObserver:
+    """An `EngineObserver` that writes to one model's series."""
+
+    def __init__(self, families: _Families, model: str, engine: str) -> None:
+        self._gauges = {name: family.labels(model, engine) for name, family in families.gauges.items()}
+        self._counters = {name: family.labels(model, engine) for name, family in families.counters.items()}
+        self._histograms = {name: family.labels(model, engine) for name, family in families.histograms.items()}
+        gauges, counters = families.labelled_gauges, families.labelled_counters
+        self._labelled_gauges = {
+            (name, value): gauges[name].labels(model, engine, value)
+            for name, (_, _, values) in names.LABELLED_GAUGES.items()
+            for value in values
+        }
+        self._labelled_counters = {
+            (name, value): counters[name].labels(model, engine, value)
+            for name, (_, _, values) in names.LABELLED_COUNTERS.items()
+            for value in values
+        }
+        self._rejections = {reason: families.rejections.labels(model, reason) for reason in names.REJECTION_REASONS}
+        self._generated = self._counters["vllm:generation_tokens_total"]
+        self._first_token = self._histograms["vllm:time_to_first_token_seconds"]
+        self._between_tokens = self._histograms["vllm:inter_token_latency_seconds"]
+        self._last = EngineStats()
+        self._labelled_gauges["vllm:engine_sleep_state", "awake"].set(1)
+
+    def on_step(self, stats: EngineStats) -> None:
+        gauges = self._gauges
+        gauges["vllm:num_requests_running"].set(stats.running)
+        gauges["vllm:num_requests_waiting"].set(stats.waiting)
+        self._labelled_gauges["vllm:num_requests_waiting_by_reason", "capacity"].set(stats.waiting)
+        usage = stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
+        gauges["vllm:kv_cache_usage_perc"].set(usage)
+        gauges["vllm:gpu_cache_usage_perc"].set(usage)
+        gauges["slipstream:kv_blocks_cached"].set(stats.kv_blocks_cached)
+        if stats.prefix_queries:
+            gauges["vllm:gpu_prefix_cache_hit_rate"].set(stats.prefix_hits / stats.prefix_queries)
+        # An engine process that was started again counts from 0: then the total is what is new.
+        last = self._last if stats.steps >= self._last.steps else EngineStats()
+        self._advance("vllm:num_preemptions_total", stats.preemptions - last.preemptions)
+        for prefix in ("vllm:", "vllm:gpu_"):
+            self._advance(f"{prefix}prefix_cache_queries_total", stats.prefix_queries - last.prefix_queries)
+            self._advance(f"{prefix}prefix_cache_hits_total", stats.prefix_hits - last.prefix_hits)
+        if stats.steps > last.steps:
+            self._histograms["vllm:iteration_tokens_total"].observe(stats.step_tokens)
+            self._histograms["slipstream:engine_step_seconds"].observe(stats.step_seconds)
+        self._last = stats
+
+    def on_tokens(self, count: int, first: bool, interval: float) -> None:
+        self._generated.inc(count)
+        (self._first_token if first else self._between_tokens).observe(interval)
+
+    def on_finish(self, summary: RequestSummary) -> None:
+        usage = summary.usage
+        self._labelled_counters["vllm:request_success_total", summary.finish.value].inc()
+        if summary.first_token is not None or summary.prefill > 0:
+            self._count_prompt(usage.prompt_tokens, usage.cached_tokens)
+        observed = {
+            "vllm:request_prompt_tokens": usage.prompt_tokens,
+            "vllm:request_generation_tokens": usage.completion_tokens,
+            "vllm:request_max_num_generation_tokens": usage.completion_tokens,
+            "vllm:request_params_max_tokens": summary.max_tokens,
+            "vllm:request_params_n": summary.n,
+            "vllm:request_num_preemptions": summary.preemptions,
+            "vllm:e2e_request_latency_seconds": summary.e2e,
+            "vllm:request_queue_time_seconds": summary.queue,
+            "vllm:request_inference_time_seconds": summary.prefill + summary.decode,
+            "vllm:request_prefill_time_seconds": summary.prefill,
+            "vllm:request_decode_time_seconds": summary.decode,
+        }
+        if usage.completion_tokens > 1:
+            per_token = summary.decode / (usage.completion_tokens - 1)
+            observed["vllm:request_time_per_output_token_seconds"] = per_token
+        for name, value in observed.items():
+            self._histograms[name].observe(value)
+
+    def on_rejected(self, reason: str) -> None:
+        if reason in self._rejections:  # draining is no load that an operator could relieve
+            self._rejections[reason].inc()
+
+    def _count_prompt(self, tokens: int, cached: int) -> None:
+        """Count a prompt whose KV is complete."""
+        self._advance("vllm:prompt_tokens_total", tokens)
+        self._advance("vllm:prompt_tokens_cached_total", cached)
+        self._labelled_counters["vllm:prompt_tokens_by_source_total", "local_compute"].inc(tokens - cached)
+        self._labelled_counters["vllm:prompt_tokens_by_source_total", "local_cache_hit"].inc(cached)
+        self._labelled_counters["vllm:prompt_tokens_cached_by_source_total", "device"].inc(cached)
+        self._histograms["vllm:request_prefill_kv_computed_tokens"].observe(tokens - cached)
+
+    def _advance(self, counter: str, count: int) -> None:
+        if count > 0:
+            self._counters[counter].inc(count)
+
+
+class _HttpMetrics:
+    """The families of prometheus-fastapi-instrumentator, which vLLM's dashboards expect beside the engine's."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._requests = Counter(
+            "http_requests_total",
+            "Requests by method, status class and handler.",
+            ("method", "status", "handler"),
+            registry=registry,
+        )
+        self._request_bytes = Summary(
+            "http_request_size_bytes", "Request body sizes by handler.", ("handler",), registry=registry
+        )
+        self._response_bytes = Summary(
+            "http_response_size_bytes", "Response body sizes by handler.", ("handler",), registry=registry
+        )
+        self._seconds = Histogram(
+            "http_request_duration_seconds",
+            "Request durations, few buckets, by method and handler.",
+            ("method", "handler"),
+            buckets=names.HTTP_BUCKETS,
+            registry=registry,
+        )
+        self._fine_seconds = Histogram(
+            "http_request_duration_highr_seconds",
+            "Request durations, many buckets, no labels.",
+            buckets=names.HTTP_FINE_BUCKETS,
+            registry=registry,
+        )
+
+    def observe(
+        self, handler: str, method: str, status: int, seconds: float, request_bytes: int, response_bytes: int
+    ) -> None:
+        method = method if method in _METHODS else "OTHER"
+        self._requests.labels(method, f"{status // 100}xx", handler).inc()
+        self._request_bytes.labels(handler).observe(request_bytes)
+        self._response_bytes.labels(handler).observe(response_bytes)
+        self._seconds.labels(method, handler).observe(seconds)
+        self._fine_seconds.observe(seconds)

@@ -1,0 +1,135 @@
+"""What clients may send, apart from messages (`schemas_chat.py`) and what is refused (`unsupported.py`).
+
+Types are strict: "3" and true are no integers, 3 is a fine float. null means "not given" everywhere. Fields that are
+not declared are kept as extras, for `unsupported.check`. Bounds that an operator may move are in `Settings`
+and are checked by `convert.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic_core import PydanticCustomError
+
+MAX_LISTED = 1024  # entries of logit_bias, bad_words, stop_token_ids
+MAX_STOP_CHARS = 1024
+
+T = TypeVar("T")
+List = Annotated[list[T], Field(fail_fast=True)]
+
+
+def default(value: T | None, otherwise: T) -> T:
+    """null is the same as not given."""
+    return otherwise if value is None else value
+
+
+def _check_bias(value: object) -> object:
+    if isinstance(value, dict) and len(value) > MAX_LISTED:
+        raise PydanticCustomError("value_error", f"at most {MAX_LISTED} tokens may be biased")
+    return value
+
+
+def _check_prompt(value: object) -> object:
+    """A string, token ids, or a list of one of them. Looks no further than the first element that is wrong."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value:
+        kind = type(value[0])
+        if kind in (str, int) and set(map(type, value)) == {kind}:
+            return value
+        if kind is list and all(type(item) is list and set(map(type, item)) <= {int} for item in value):
+            return value
+    if value in ("", []):
+        raise PydanticCustomError("value_error", "the prompt is empty")
+    raise PydanticCustomError(
+        "prompt_type", "must be a string, a list of strings, a list of token ids, or a list of lists of token ids"
+    )
+
+
+def _check_stop(value: object) -> list[str] | None:
+    if value is None:
+        return None
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise PydanticCustomError("stop_type", "must be a string or a list of strings")
+    if any(not 1 <= len(stop) <= MAX_STOP_CHARS for stop in stops):
+        raise PydanticCustomError("value_error", f"stop strings must have 1 to {MAX_STOP_CHARS} characters")
+    return stops
+
+
+Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenIds = Annotated[list[int], Field(fail_fast=True, max_length=MAX_LISTED)]
+PromptInput = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    PlainValidator(_check_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
+StopInput = Annotated[list[str] | None, PlainValidator(_check_stop, json_schema_input_type=str | list[str] | None)]
+LogitBias = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    BeforeValidator(_check_bias, json_schema_input_type=dict[str, float]),
+]
+BadWords = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=256)]], Field(fail_fast=True, max_length=MAX_LISTED)
+]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
+
+    model: str | None = Field(None, description="Default: the first model that the server has.")
+
+    def extras(self) -> dict[str, object]:
+        """Fields that were sent, are not null and not declared here."""
+        return {name: value for name, value in (self.model_extra or {}).items() if value is not None}
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class GenerationBody(Body):
+    """The parameters that both generation endpoints share."""
+
+    n: Int32 | None = None
+    max_tokens: Int32 | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1, description="-1 and 0 turn it off.")] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: StopInput = None
+    stop_token_ids: TokenIds | None = None
+    include_stop_str_in_output: bool | None = None
+    min_tokens: Count | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    logit_bias: LogitBias | None = None
+    allowed_token_ids: List[int] | None = None
+    bad_words: BadWords | None = None
+    prompt_logprobs: Count | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    add_special_tokens: bool | None = None
+    priority: Int32 | None = Field(None, description="Lower runs first.")
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+
+
+class CompletionBody(GenerationBody):
+    prompt: PromptInput
+    echo: bool | None = None
+    logprobs: Count | None = None
+
+
+class DetokenizeBody(Body):
+    tokens: List[int]

@@ -1,0 +1,122 @@
+"""Run requests through a real core and worker under chosen conditions, and compare what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from engine.config import EngineConfig, KVConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from engine.core import EngineCore
+from engine.protocols import StepHandle, Worker
+from engine.runtime.worker import LocalWorker
+from engine.types import Capacity, EngineStats, FinishReason, Request, SamplingParams, StepPlan, TokenLogprob
+
+GAP = 1e-4  # logits closer than this may swap places under another order of summation
+
+
+@dataclass(frozen=True, slots=True)
+class SmallerWorker:
+    """The same worker with fewer blocks, so that one loaded model serves every rung."""
+
+    worker: Worker
+    num_blocks: int
+
+    def capacity(self) -> Capacity:
+        return replace(self.worker.capacity(), num_blocks=self.num_blocks)
+
+    def submit(self, plan: StepPlan) -> StepHandle:
+        return self.worker.submit(plan)
+
+    def num_states(self) -> int:
+        return self.worker.num_states()
+
+    def close(self) -> None:
+        self.worker.close()
+
+
+@dataclass(slots=True)
+class Outcome:
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: FinishReason | None = None
+    cached_tokens: int = 0
+    preemptions: int = 0
+
+
+def load_worker(folder: Path, quant: str = "none", memory: str = "64MiB", threads: int | None = None) -> LocalWorker:
+    """A worker over a checkpoint folder. Tiny models want one thread: waking a second costs more than it does."""
+    model, parallel = ModelConfig(path=str(folder), quant=quant), ParallelConfig(threads=threads)
+    config = EngineConfig(model=model, kv=KVConfig(memory=memory), parallel=parallel)
+    return LocalWorker(config, folder, lambda _: None)
+
+
+class Ladder:
+    """One core over a loaded worker. Every run ends with all blocks and all device state given back."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        *,
+        num_blocks: int | None = None,
+        chunk: int = 512,
+        seqs: int = 64,
+        lag: int = 0,
+        prefix_cache: bool = True,
+    ) -> None:
+        scheduler = SchedulerConfig(max_num_seqs=seqs, max_batched_tokens=chunk, lag=lag)
+        config = EngineConfig(scheduler=scheduler, kv=KVConfig(prefix_cache=prefix_cache))
+        self._worker = worker if num_blocks is None else SmallerWorker(worker, num_blocks)
+        self.core = EngineCore(self._worker, config, hash_seed=b"the same ladder.")
+        self.stats = EngineStats()
+
+    def run(self, requests: Sequence[Request], on_step: Callable[[int], None] = lambda _: None) -> dict[str, Outcome]:
+        outcomes = {request.id: Outcome() for request in requests}
+        for request in requests:
+            self.core.add(request)
+        step = 0
+        while self.core.has_work():
+            report = self.core.step()
+            self.core.check_integrity()
+            for update in report.updates:
+                outcome = outcomes[update.request_id]
+                assert outcome.finish is None, "an update after the terminal one"
+                assert update.error is None, update.error
+                outcome.tokens.extend(update.token_ids)
+                outcome.logprobs.extend(update.logprobs or ())
+                outcome.prompt_logprobs.extend(update.prompt_logprobs or ())
+                outcome.finish = update.finish
+                outcome.cached_tokens = update.cached_tokens
+                outcome.preemptions = update.preemptions
+            step += 1
+            on_step(step)
+        self.core.settle()
+        self.stats = self.core.stats()
+        assert self.stats.running == self.stats.waiting == self.stats.kv_blocks_used == 0
+        assert self._worker.num_states() == 0
+        return outcomes
+
+
+def request(name: str, prompt: Sequence[int], max_tokens: int = 24, choice: int = 0, **sampling: object) -> Request:
+    params = SamplingParams(max_tokens=max_tokens, **sampling)  # type: ignore[arg-type]
+    return Request(id=name, prompt_ids=tuple(prompt), sampling=params, choice=choice)
+
+
+def assert_same(expected: dict[str, Outcome], got: dict[str, Outcome]) -> int:
+    """Equal tokens up to the first near-tie of the reference; the number of such ties met.
+
+    The reference must have been run greedily with logprobs=2 for ties to be recognised; without, tokens must be equal.
+    """
+    ties = 0
+    for name, want in expected.items():
+        have = got[name]
+        if want.tokens == have.tokens:
+            assert want.finish == have.finish, name
+            continue
+        first = next(i for i, (a, b) in enumerate(zip(want.tokens, have.tokens, strict=False)) if a != b)
+        assert want.logprobs, f"{name}: token {first} is {have.tokens[first]}, not {want.tokens[first]}"
+        best, second = want.logprobs[first].top[:2]
+        assert best[1] - second[1] < GAP, f"{name}: token {first} differs at a gap of {best[1] - second[1]:.3g}"
+        ties += 1
+    return ties

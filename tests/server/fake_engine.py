@@ -1,0 +1,168 @@
+"""An engine without a model, for the HTTP side: real tokenizer, validation, detokenizer and event streams.
+
+Only the model is made up: each request gets scripted tokens, one per step, and a step happens whenever the event
+loop has nothing better to do, or when a test says `release`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from engine.errors import EngineDead, Overloaded, SlipstreamError
+from engine.front.event_stream import EventStream
+from engine.front.in_flight import InFlight
+from engine.protocols import EngineObserver
+from engine.tokenizer.chat_template import ChatTemplate
+from engine.tokenizer.tokenizer import Tokenizer
+from engine.types import FinishReason, Health, ModelInfo, Phase, Request, SeqUpdate, TokenLogprob
+from engine.validate import validate
+
+BOS, EOS = 256, 257
+VOCAB = 260  # bytes, <bos>, <eos>, and two tokens of several bytes: "Hello" and " world"
+HELLO, WORLD = 258, 259
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'boom' %}{{ raise_exception('no') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}{% if extra %}[{{ extra }}]{% endif %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def make_tokenizer(*, template: str | None = TEMPLATE, bos: bool = False) -> Tokenizer:
+    """Byte-level, nearly one token per byte: characters and stop strings fall across token borders."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {char: i for i, char in enumerate(alphabet)}
+    backend = Backend(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<bos>", "<eos>"])
+    backend.add_tokens(["Hello", " world"])
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    special = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    chat = None if template is None else ChatTemplate({"default": template}, special)
+    return Tokenizer(backend, (EOS,), special, chat)
+
+
+class FakeEngine:
+    """Speaks `server.contract.Engine`. `answer` makes the tokens of a request; EOS at their end is up to it."""
+
+    def __init__(
+        self,
+        name: str = "tiny",
+        *,
+        answer: str | Sequence[int] | Callable[[Request], Sequence[int]] = "Hello, wörld!",
+        tokenizer: Tokenizer | None = None,
+        max_model_len: int = 512,
+    ) -> None:
+        self.tokenizer = tokenizer or make_tokenizer()
+        self.info = ModelInfo(name, "/secret/path", max_model_len, VOCAB, (EOS,), 16, 100, 1_700_000_000, "fp16", "ar")
+        self.answer = answer
+        self.observers: list[EngineObserver] = []
+        self.in_flight = InFlight(self.observers)
+        self.submitted: list[Request] = []
+        self.aborted: list[str] = []
+        self.refusal: SlipstreamError | None = None  # raised by the next submits
+        self.start_error: SlipstreamError | None = None
+        self.health_now = Health(True, True)
+        self.may_start = asyncio.Event()
+        self.may_start.set()
+        self.flowing = asyncio.Event()  # cleared: no token is made until the test says so
+        self.flowing.set()
+        self.closed = False
+        self.token_logprob: Callable[[int], float] = lambda _: -0.5
+
+    async def start(self, on_phase: Callable[[Phase], None]) -> None:
+        on_phase(Phase("weights", 0.1, 1 << 20))
+        await self.may_start.wait()
+        if self.start_error is not None:
+            raise self.start_error
+
+    def health(self) -> Health:
+        return self.health_now
+
+    def add_observer(self, observer: EngineObserver) -> None:
+        self.observers.append(observer)
+
+    async def submit(self, requests: Sequence[Request], *, param: str = "prompt") -> EventStream:
+        if self.refusal is not None:
+            raise self.refusal
+        if self.closed:
+            raise EngineDead("closed")
+        fitted = [validate(request, self.info, param=param) for request in requests]
+        stream = EventStream((request.id for request in fitted), self._abort)
+        self.submitted.extend(fitted)
+        self.in_flight.add(fitted, self.tokenizer, stream)
+        for request in fitted:
+            task = asyncio.ensure_future(self._generate(request))
+            task.add_done_callback(lambda done: done.cancelled() or done.result())
+        return stream
+
+    async def drain(self, timeout: float) -> None:
+        self.refusal = Overloaded("the server is shutting down", "draining")
+        try:
+            await asyncio.wait_for(self.in_flight.idle.wait(), timeout)
+        except TimeoutError:
+            self.fail("the server is shutting down and this request had not finished")
+
+    async def close(self) -> None:
+        self.closed = True
+        self.fail("the engine was closed")
+
+    def fail(self, reason: str) -> None:
+        """What a dead engine process does to everything in flight."""
+        self.in_flight.fail_all(reason, FinishReason.ERROR, 0.0)
+
+    def error(self, request_id: str, text: str = "NaN at /secret/path 0x7f") -> None:
+        """What a failed step does to one request."""
+        self.in_flight.take([SeqUpdate(request_id, finish=FinishReason.ERROR, error=text)], 0.0)
+
+    def tokens_of(self, request: Request) -> list[int]:
+        if callable(self.answer):
+            return list(self.answer(request))
+        if isinstance(self.answer, str):
+            return [*self.tokenizer.encode(self.answer, add_special_tokens=False), EOS]
+        return list(self.answer)
+
+    def _abort(self, request_ids: Iterable[str]) -> None:
+        self.aborted.extend(self.in_flight.drop(request_ids, 0.0))
+
+    async def _generate(self, request: Request) -> None:
+        tokens = self.tokens_of(request)
+        for count, token in enumerate(itertools.islice(tokens, request.sampling.max_tokens), 1):
+            await asyncio.sleep(0)
+            await self.flowing.wait()
+            if request.id not in self.in_flight:
+                return
+            stopped = token in request.sampling.stop_token_ids
+            ended = token == EOS and not request.sampling.ignore_eos
+            last = count == min(len(tokens), request.sampling.max_tokens)
+            finish = FinishReason.STOP if stopped or ended else FinishReason.LENGTH if last else None
+            update = SeqUpdate(
+                request.id,
+                (token,),
+                logprobs=self._scores((token,), request.sampling.logprobs),
+                prompt_logprobs=self._scores(request.prompt_ids[1:], request.sampling.prompt_logprobs)
+                if count == 1
+                else None,
+                finish=finish,
+                stop_token_id=token if stopped else None,
+                cached_tokens=2,
+            )
+            self.aborted.extend(self.in_flight.take([update], 0.0))
+
+    def _scores(self, tokens: Sequence[int], count: int | None) -> tuple[TokenLogprob, ...] | None:
+        """Every token is the most likely one, with its successors in the vocabulary behind it."""
+        if count is None:
+            return None
+        scores = []
+        for token in tokens:
+            top = tuple(((token + i) % VOCAB, self.token_logprob(token) - i) for i in range(count))
+            scores.append(TokenLogprob(token, self.token_logprob(token), 1, top))
+        return tuple(scores)
+
+

@@ -1,0 +1,213 @@
+"""The `slipstream` command: its table, its configuration, its start-up table, and errors that are one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from engine.config import load
+from engine.errors import SlipstreamError
+from engine.types import Phase
+from server import cli, launch
+from server.settings import load_settings
+from server.startup import StartupTable, base_url, curl
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_help_names_every_command_and_imports_nothing_heavy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in cli.COMMANDS)
+    code = "import sys; from server.cli import main; main(['--help']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    modules = set(done.stdout.splitlines()[-1].split())
+    assert not modules & {"argparse", "yaml", "httpx", "pydantic", "fastapi", "asyncio", "zmq"}
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_resolves_and_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code: object = cli.main([name, "--help"])
+    except SystemExit as leaving:  # argparse
+        code = leaving.code
+    captured = capsys.readouterr()
+    assert code == (2 if name == "version" else 0)
+    assert f"usage: slipstream {name}" in captured.out + captured.err
+
+
+@pytest.mark.parametrize(("arguments", "said"), [([], "usage: slipstream COMMAND"), (["sevre"], "no command 'sevre'")])
+def test_wrong_usage(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.out == ""
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == cli.main(["version"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second and first.startswith("slipstream")
+
+
+# ---- configuration ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
+def test_print_config_shows_what_serve_would_use(
+    file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    changes = ["--set", "kv.block_size=8", "--host", "::1", "--port", "0", "--set", "server.max_n=3"]
+    assert cli.main(["print-config", "--config", str(file), *changes]) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out, encoding="utf-8")
+    read, meant = load(printed), load(file, ("kv.block_size=8",))
+    assert read.engines() == meant.engines()
+    expected = load_settings({**meant.server, "max_n": 3}, host="::1", port=0)
+    assert load_settings(read.server) == expected
+
+
+def test_print_config_hides_secrets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("SLIPSTREAM_API_KEY", "sk-secret-1")
+    assert cli.main(["print-config", "--set", "server.api_keys=[sk-secret-2, sk-secret-3]"]) == 0
+    shown = capsys.readouterr().out
+    assert "sk-secret" not in shown
+    assert len(yaml.safe_load(shown)["server"]["api_keys"]) == 2
+
+
+@pytest.mark.parametrize("model", ["/models/a: b", "123", "org/Name-7B", "it's", "null"])
+def test_model_takes_the_place_of_the_files_first_model(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["print-config", model, "--config", "configs/exact.yaml"]) == 0
+    first = yaml.safe_load(capsys.readouterr().out)["models"][0]
+    assert (first["path"], first["id"], first["quant"]) == (model, "", "none")
+
+
+def test_set_wins_over_model_and_environment_over_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLIPSTREAM_PORT", "9001")
+    assert cli.main(["print-config", "m", "--set", "models.0.id=mine", "--config", "configs/demo.yaml"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["models"][0]["id"], shown["server"]["port"]) == ("mine", 9001)
+
+
+@pytest.mark.parametrize("command", ["serve", "print-config"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "no/such.yaml"], "no/such.yaml: No such file"),
+        (["--set", "kv.memroy=1"], "kv.memroy: unknown key"),
+        (["--set", "server.prot=1"], "server.prot: unknown key"),
+        (["--port", "70000"], "server.port: "),
+        (["--set", "models.0.quant=int1"], "models.quant: 'int1'"),
+    ],
+)
+def test_a_wrong_configuration_is_one_line_and_exit_code_2(
+    command: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith("slipstream: ") and message in captured.err
+
+
+def test_a_reader_that_leaves_early_is_no_traceback() -> None:
+    command = f"{shlex.quote(sys.executable)} -m server print-config | true"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+
+
+# ---- what can go wrong at the start ----------------------------------------------------------------------
+
+
+def test_listen_takes_the_port_at_once() -> None:
+    sockets = launch.listen("localhost", 0)
+    ports = {taken.getsockname()[1] for taken in sockets}
+    try:
+        assert len(ports) == 1 and 0 not in ports
+        with pytest.raises(SlipstreamError, match=r"cannot listen on 127\.0\.0\.1 port \d+: Address already in use"):
+            launch.listen("127.0.0.1", ports.pop())
+    finally:
+        for taken in sockets:
+            taken.close()
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no such host"])
+def test_listen_on_what_is_not_ours(host: str) -> None:
+    with pytest.raises(SlipstreamError, match=f"cannot listen on {host} port 0: .*--host"):
+        launch.listen(host, 0)
+
+
+def test_serve_says_in_one_line_why_a_model_cannot_be_served(tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
+    command = [sys.executable, "-m", "server", "serve", str(tmp_path / "broken.gguf"), "--port", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("slipstream: ") and "Traceback" not in done.stderr
+    assert "curl" not in done.stdout
+
+
+# ---- what the user sees ----------------------------------------------------------------------------------
+
+
+def test_the_startup_table_ends_with_a_line_to_paste() -> None:
+    out = io.StringIO()
+    table = StartupTable("http://127.0.0.1:8000", ["demo", "two"], needs_key=False, out=out)
+    table.add(Phase("weights", 1.25, 300 << 20, "fp16"))
+    table.add(Phase("first token", 0.04, 0))
+    table.finish()
+    head, weights, first, ready, _, where, _, paste = out.getvalue().splitlines()
+    assert head.split() == ["phase", "seconds", "memory"]
+    assert weights.split() == ["weights", "1.2", "300", "MB", "fp16"]
+    assert first.split() == ["first", "token", "0.0", "-"]
+    assert ready.startswith("ready ") and where.startswith("demo, two at http://127.0.0.1:8000/v1 ")
+    assert paste == curl("http://127.0.0.1:8000", "demo", needs_key=False)
+
+
+@pytest.mark.parametrize("model", ["demo", 'it\'s $HOME `id` \\ "x"', "模型"])
+@pytest.mark.parametrize("needs_key", [False, True])
+def test_the_line_survives_a_shell(model: str, needs_key: bool) -> None:
+    url = base_url("0.0.0.0", 8000)
+    script = 'curl() { for word in "$@"; do printf "%s\\0" "$word"; done; }; ' + curl(url, model, needs_key=needs_key)
+    words = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+    where, *rest = words
+    body = json.loads(rest[rest.index("-d") + 1])
+    assert where == "http://127.0.0.1:8000/v1/chat/completions"
+    assert body["model"] == model and body["messages"][0]["role"] == "user"
+    assert ("Authorization: Bearer YOUR_API_KEY" in rest) == needs_key
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("127.0.0.1", "http://127.0.0.1:1"), ("::", "http://[::1]:1"), ("::1", "http://[::1]:1"), ("box", "http://box:1")],
+)
+def test_where_a_local_client_finds_the_server(host: str, url: str) -> None:
+    assert base_url(host, 1) == url
+
+
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_log_lines(style: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", root.level)
+    launch.set_up_logging(load_settings({"log_format": style, "log_level": "warning"}))
+    logger = logging.getLogger("engine.test")
+    logger.info("not shown")
+    try:
+        raise ValueError("why")
+    except ValueError:
+        logger.warning("löst %d", 3, exc_info=True)
+    shown = capfd.readouterr().err
+    if style == "json":
+        line = json.loads(shown)
+        assert (line["level"], line["logger"], line["message"]) == ("warning", "engine.test", "löst 3")
+        assert "ValueError: why" in line["traceback"]
+    else:
+        assert "WARNING engine.test: löst 3\nTraceback" in shown and "not shown" not in shown

@@ -1,0 +1,146 @@
+"""Configuration files: what is accepted, and errors that name the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.config import Config, KVConfig, ModelConfig, load, parse_size
+from engine.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+MIB = 1 << 20
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "a file with spaces.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_defaults_serve_the_demo_model() -> None:
+    (engine,) = load().engines()
+    assert (engine.model.path, engine.model.name, engine.model.quant) == ("demo", "demo", "fp16")
+    assert load() == Config()
+
+
+def test_a_whole_file(tmp_path: Path) -> None:
+    config = load(
+        written(
+            tmp_path,
+            """
+            models:
+              - {id: a, path: /models/a, memory_share: 0.5, quant: none}
+              - {path: org/B-GGUF/b.gguf, memory_share: 0.5, max_model_len: 100}
+            scheduler: {max_num_seqs: 3, lag: 1, stall_seconds: 5}
+            kv: {memory: 64MiB, prefix_cache: false}
+            parallel: {threads: 2}
+            server: {port: 9000, anything: [1, 2]}
+            """,
+        )
+    )
+    assert [engine.model.name for engine in config.engines()] == ["a", "b"]
+    assert all(engine.scheduler.max_num_seqs == 3 and engine.scheduler.lag == 1 for engine in config.engines())
+    assert config.scheduler.stall_seconds == 5.0 and isinstance(config.scheduler.stall_seconds, float)
+    assert (config.kv.memory_bytes, config.kv.prefix_cache, config.parallel.threads) == (64 * MIB, False, 2)
+    assert config.server == {"port": 9000, "anything": [1, 2]}
+
+
+def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
+    assert load(written(tmp_path, "# nothing\n")) == Config()
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
+def test_every_shipped_file_loads(file: Path) -> None:
+    assert load(file).engines()
+
+
+def test_overrides_reach_every_depth_and_win_over_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "models: [{path: demo, quant: fp16}]\nkv: {block_size: 8}")
+    overrides = ("models.0.quant=none", "models.0.id=x", "kv.memory=1GiB", "server.port=1", "kv.prefix_cache=false")
+    config = load(path, overrides)
+    assert config.models == (ModelConfig(path="demo", id="x", quant="none"),)
+    assert config.kv == KVConfig(block_size=8, memory="1GiB", prefix_cache=False)
+    assert config.server == {"port": 1}
+
+
+def test_overrides_work_without_a_file() -> None:
+    assert load(None, ("models.0.path=/m", "parallel.threads=null")).models[0].path == "/m"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modles: []", "modles: unknown key; known: kv, models, parallel, scheduler, server"),
+        ("models: []", "at least one model"),
+        ("models: demo", "models: expected a list, got str 'demo'"),
+        ("models: [{path: 3}]", "models.0.path: expected str, got int 3"),
+        ("models: [{path: a}, {path: b, quantt: none}]", "models.1.quantt: unknown key"),
+        ("models: [{quant: int3}]", "models.quant: 'int3' is not one of none, fp16"),
+        ("models: [{path: a}, {path: x/a}]", "two entries share one id: a, a"),
+        ("models: [{path: a}, {path: b}]", "the memory shares add up to 2"),
+        ("models: [{memory_share: 0}]", "models.memory_share: 0.0 is not in (0, 1]"),
+        ("scheduler: {max_num_seqs: 0}", "scheduler.max_num_seqs: must be above 0"),
+        ("scheduler: {max_num_seqs: true}", "scheduler.max_num_seqs: expected int, got bool True"),
+        ("scheduler: {max_num_seqs: 2.0}", "scheduler.max_num_seqs: expected int, got float 2.0"),
+        ("scheduler: {lag: 2}", "scheduler.lag: 2 is not 0 or 1"),
+        ("scheduler: 3", "scheduler: expected a mapping, got int 3"),
+        ("kv: {memory: 3 apples}", "'3 apples' is not a size such as 512MiB"),
+        ("kv: {prefix_cache: 1}", "kv.prefix_cache: expected bool, got int 1"),
+        ("parallel: {threads: 0}", "parallel.threads: must be above 0"),
+        ("parallel: {tensor: 2}", "parallel.tensor: only 1 is supported"),
+        ("server: 8000", "server: expected a mapping"),
+        ("- a\n- b", "the top level must be a mapping"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(written(tmp_path, text))
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("kv.block_size", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("kv.size=3", "kv.size: unknown key"),
+        ("models.7.path=a", "models.7.path: there is no '7'"),
+        ("models.7=a", "models.7: no such key"),
+        ("kv.memory.x=a", "kv.memory.x"),
+        ("kv.memory=[", "'[' is not valid YAML"),
+    ],
+)
+def test_a_wrong_override_is_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(None, ("kv.memory=1GiB", override))
+    assert message in str(raised.value)
+
+
+def test_a_file_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"no/such/file\.yaml: No such file"):
+        load("no/such/file.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("", None),
+        (" ", None),
+        ("512MiB", 512 * MIB),
+        ("2 GB", 2 << 30),
+        ("1.5k", 1536),
+        ("1048576", MIB),
+        ("1T", 1 << 40),
+    ],
+)
+def test_sizes(text: str, size: int | None) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["MiB", "-1G", "1 G B", "1e9", "0x10", "1PiB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a size"):
+        parse_size(text)
