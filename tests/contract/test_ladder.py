@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from engine.types import Request
 from tests.contract.ladder import Ladder, Outcome, assert_same, load_worker, request
 from tests.tiny import FAMILIES, save_tiny
 
-RUNGS = {
+RUNGS: dict[str, dict[str, Any]] = {
     "batched": {},
     "chunked": {"chunk": 7},
     "lag 1": {"lag": 1},
@@ -25,7 +26,7 @@ RUNGS = {
     "no prefix cache": {"prefix_cache": False},
     "three at a time": {"seqs": 3},
 }
-SAMPLING = {
+SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"logprobs": 2},
     "seeded": {"temperature": 1.3, "seed": 7},
     "everything": {
@@ -73,7 +74,7 @@ def test_tokens_do_not_depend_on_the_surroundings(worker: Worker, sampling: str)
     expected = alone(worker, requests)
     assert len({tuple(outcome.tokens) for outcome in expected.values()}) > 5, "the workload is too uniform to tell"
     for name, options in RUNGS.items():
-        ladder = Ladder(worker, **options)  # type: ignore[arg-type]
+        ladder = Ladder(worker, **options)
         ties = assert_same(expected, ladder.run(requests))
         assert ties == 0, f"{name}: {ties} near-ties in fp32"
         assert ("preempted" in name) == (ladder.stats.preemptions > 0), f"{name}: {ladder.stats.preemptions}"
@@ -105,7 +106,7 @@ def test_logprobs_are_the_same_however_the_prompt_is_cut(worker: Worker) -> None
     whole = Ladder(worker).run([wanted])["x"]
     assert [entry.token_id for entry in whole.prompt_logprobs] == prompt[1:]
     for options in ({"chunk": 7}, {"lag": 1, "chunk": 9}):
-        cut = Ladder(worker, **options).run([request("y", [3] * 30, 9, temperature=0.0), wanted])["x"]  # type: ignore[arg-type]
+        cut = Ladder(worker, **options).run([request("y", [3] * 30, 9, temperature=0.0), wanted])["x"]
         assert cut.tokens == whole.tokens
         for a, b in zip(whole.prompt_logprobs + whole.logprobs, cut.prompt_logprobs + cut.logprobs, strict=True):
             assert a.token_id == b.token_id and a.rank == b.rank
@@ -149,7 +150,7 @@ def test_demo_model_climbs_the_ladder(demo_folder: Path) -> None:
     ties = {}
     for name in ("batched", "lag 1, chunked", "preempted"):
         options = {**RUNGS[name], "num_blocks": 15} if name == "preempted" else RUNGS[name]
-        ladder = Ladder(worker, **options)  # type: ignore[arg-type]
+        ladder = Ladder(worker, **options)
         ties[name] = assert_same(expected, ladder.run(requests))
         assert (name == "preempted") == (ladder.stats.preemptions > 0), f"{name}: {ladder.stats.preemptions}"
     ties["prefix hit"] = assert_same(expected, ladder.run(requests))
