@@ -11,6 +11,8 @@ from engine.runtime.batch import SeqInput
 from engine.runtime.sampler import Sampler, SamplingState, prompt_logprobs
 from engine.types import Admission, DecodeTraits, ScheduledSeq, SeqResult, StepOutput, StepPlan, TokenLogprob
 
+FAILED = "the model's output for this request is not a number, or every token is banned"
+
 
 @dataclass(slots=True, eq=False)
 class SeqState:
@@ -60,13 +62,17 @@ class AutoregressivePipeline:
             tokens = [*request.prompt_ids, *admission.output_ids]
             self._states[request.id] = SeqState(admission, tokens, SamplingState(request, admission.output_ids))
         shares = self._shares(plan)
+        # With results a step late, a sequence whose draw failed is planned once more: it has nothing to feed.
+        fed = {share.item.request_id for share in shares}
+        idle = [item for item in plan.items if item.request_id not in fed]
+        void = tuple(SeqResult(item.request_id, (), item.start, error=FAILED) for item in idle)
         if not shares:
-            return StepOutput(plan.step, ())
+            return StepOutput(plan.step, void)
         last = [share.first_row + len(share.input.ids) - 1 for share in shares if share.samples]
         scored = [share.first_row + row for share in shares for row in share.scored]
         logits = self._runner.forward([share.input for share in shares], [*last, *scored])
         prompts = self._prompt_logprobs(shares, logits[len(last) :])
-        return StepOutput(plan.step, tuple(self._sample(shares, logits[: len(last)], prompts)))
+        return StepOutput(plan.step, (*self._sample(shares, logits[: len(last)], prompts), *void))
 
     def _shares(self, plan: StepPlan) -> list[Share]:
         shares, row = [], 0
@@ -74,6 +80,8 @@ class AutoregressivePipeline:
             state = self._states[item.request_id]
             start = state.num_computed if item.pending else item.start
             ids = state.tokens[start:] if item.pending else item.tokens
+            if not ids:
+                continue
             end = start + len(ids)
             share = Share(item, state, SeqInput(ids, start, item.block_ids, end), row, end == len(state.tokens))
             if state.admission.request.sampling.prompt_logprobs is not None and start < state.prompt_len - 1:
@@ -116,8 +124,7 @@ class AutoregressivePipeline:
             token, bad, logprob = tokens[drawn], failed[drawn], logprobs[drawn]
             drawn += 1
             if bad:
-                error = "the model's output for this request is not a number, or every token is banned"
-                results.append(SeqResult(request_id, (), end, error=error))
+                results.append(SeqResult(request_id, (), end, error=FAILED))
                 continue
             state.tokens.append(token)
             state.sampling.push(token)

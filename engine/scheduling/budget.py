@@ -87,7 +87,7 @@ class StepBudget:
             alone = self.left == self._total
             return Share(start, todo, lookahead, pending) if todo + lookahead <= room or alone else None
         feed = min(todo, room)
-        lookahead = min(self._lookahead, room - feed, seq.limit - complete) if feed == todo else 0
+        lookahead = min(self._lookahead, room - feed, seq.limit - complete)
         return Share(start, feed, lookahead, pending) if feed >= 0 and feed + lookahead > 0 else None
 
     def visit(self, todo: int) -> None:

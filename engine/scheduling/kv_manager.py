@@ -65,10 +65,10 @@ class KVManager:
         return True
 
     def publish(self, seq: Sequence) -> None:
-        """Let every full block be found whose tokens are committed and whose KV is final."""
+        """Let every full block be found whose KV is final; such positions hold committed tokens."""
         if not self.prefix_cache:
             return
-        full = min(seq.num_computed, seq.num_tokens) // self.block_size
+        full = seq.num_computed // self.block_size
         for index in range(seq.num_published, full):
             self.pool.publish(seq.block_ids[index], self._digest(seq, index))
         seq.num_published = max(seq.num_published, full)

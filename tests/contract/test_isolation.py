@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, SchedulerConfig
 from engine.core import EngineCore
 from engine.runtime.worker import LocalWorker
 from engine.types import FinishReason, SeqUpdate
@@ -27,10 +27,11 @@ def poisoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalWorker:
     return worker
 
 
-def test_nan_ends_its_own_request_only(poisoned: LocalWorker) -> None:
+@pytest.mark.parametrize("lag", [0, 1])
+def test_nan_ends_its_own_request_only(poisoned: LocalWorker, lag: int) -> None:
     healthy = {f"ok{i}": request(f"ok{i}", [i, 5, 6, 7], 8, temperature=0.7, seed=i) for i in range(3)}
     expected = Ladder(poisoned).run(list(healthy.values()))
-    core = EngineCore(poisoned, EngineConfig(), hash_seed=b"the same ladder.")
+    core = EngineCore(poisoned, EngineConfig(scheduler=SchedulerConfig(lag=lag)), hash_seed=b"the same ladder.")
     for one in (*healthy.values(), request("bad", [1] * 20 + [POISON] * 20, 8)):
         core.add(one)
     news: dict[str, list[SeqUpdate]] = {}
@@ -45,14 +46,15 @@ def test_nan_ends_its_own_request_only(poisoned: LocalWorker) -> None:
     # Its blocks hold NaN: a later request with the same beginning must compute its own.
     again = request("again", [1] * 20 + [POISON] * 20 + [3], 4)
     core.add(again)
-    found = [update for _ in range(3) for update in core.step().updates]
+    found = [update for _ in range(4) for update in core.step().updates]
     assert found[0].cached_tokens == 0
     assert poisoned.num_states() == core.stats().kv_blocks_used == 0
 
 
-def test_request_with_every_token_banned_fails_alone(poisoned: LocalWorker) -> None:
+@pytest.mark.parametrize("lag", [0, 1])
+def test_request_with_every_token_banned_fails_alone(poisoned: LocalWorker, lag: int) -> None:
     """Allowed ids that a bad word takes away later: nothing is left to draw."""
-    core = EngineCore(poisoned, EngineConfig(), hash_seed=b"the same ladder.")
+    core = EngineCore(poisoned, EngineConfig(scheduler=SchedulerConfig(lag=lag)), hash_seed=b"the same ladder.")
     stuck = request("stuck", [1, 2], 8, allowed_token_ids=(7,), bad_words=((7, 7),))
     core.add(stuck)
     core.add(request("fine", [1, 2], 8, temperature=0.0))

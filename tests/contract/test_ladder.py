@@ -105,8 +105,8 @@ def test_logprobs_are_the_same_however_the_prompt_is_cut(worker: Worker) -> None
     wanted = request("x", prompt, 6, temperature=0.0, logprobs=3, prompt_logprobs=2)
     whole = Ladder(worker).run([wanted])["x"]
     assert [entry.token_id for entry in whole.prompt_logprobs] == prompt[1:]
-    for options in ({"chunk": 7}, {"lag": 1, "chunk": 9}):
-        cut = Ladder(worker, **options).run([request("y", [3] * 30, 9, temperature=0.0), wanted])["x"]
+    for name in ("chunked", "lag 1, chunked"):
+        cut = Ladder(worker, **RUNGS[name]).run([request("y", [3] * 30, 9, temperature=0.0), wanted])["x"]
         assert cut.tokens == whole.tokens
         for a, b in zip(whole.prompt_logprobs + whole.logprobs, cut.prompt_logprobs + cut.logprobs, strict=True):
             assert a.token_id == b.token_id and a.rank == b.rank
