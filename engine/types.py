@@ -8,10 +8,10 @@ so they hold only ints, floats, strings, booleans, None, tuples and other such t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a sequence ended. STOP: end-of-sequence, stop id or stop string. LENGTH: max_tokens or context."""
 
     STOP = "stop"
@@ -28,7 +28,8 @@ class SamplingParams:
     """How to draw tokens and when to stop. Written by `server/convert.py` or the offline `LLM`.
 
     Order of operations on a row of logits: allowed ids and bans, logit_bias, repetition / presence / frequency
-    penalties, temperature, then min_p, top_k and top_p on the tempered distribution. `temperature` 0 is greedy (lowest id on ties).
+    penalties, temperature, then min_p, top_k and top_p on the tempered distribution. `temperature` 0 is greedy
+    (lowest id on ties).
     Log-probabilities that are reported are those of the raw logits, before any of this.
     """
 

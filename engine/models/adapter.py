@@ -101,3 +101,20 @@ def check_supported(config: PretrainedConfig) -> None:
     unknown = set(getattr(text, "layer_types", None) or ()) - _SERVED_LAYERS
     if unknown:
         raise ModelLoadError(f"{config.model_type}: layers of type {', '.join(sorted(unknown))} can't be served")
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Tokens that one sequence may have. `longrope` models get their original context.
+
+    `transformers` switches those from short to long factors for a whole forward pass when any position in it is
+    past the original context, so a request's tokens would depend on which other requests run beside it.
+    """
+    text = config.get_text_config()
+    declared = int(getattr(text, "max_position_embeddings", None) or 2048)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        original = rope.get("original_max_position_embeddings") or getattr(
+            text, "original_max_position_embeddings", None
+        )
+        return min(declared, int(original or declared))
+    return declared

@@ -36,4 +36,6 @@ class ModelRunner:
         device = self.adapter.device
         batch = pack(inputs, self.cache.block_size, device, mode, block_length)
         context = PagedContext(self.cache, self.attention.prepare(batch), batch.slots)
-        return self.adapter.forward(batch.ids, batch.positions, torch.tensor(rows, dtype=torch.long, device=device), context)
+        return self.adapter.forward(
+            batch.ids, batch.positions, torch.tensor(rows, dtype=torch.long, device=device), context
+        )

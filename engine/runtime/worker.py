@@ -15,7 +15,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.models import selfcheck
-from engine.models.adapter import DecoderAdapter
+from engine.models.adapter import DecoderAdapter, context_length
 from engine.models.context import ForwardContext, PagedContext
 from engine.models.fusion import fuse
 from engine.protocols import AttentionBackend, ForwardRunner, Pipeline
@@ -30,6 +30,7 @@ from engine.types import Capacity, Phase, StepOutput, StepPlan
 
 logger = logging.getLogger(__name__)
 OnPhase = Callable[[Phase], None]
+DEVICE, DTYPE = torch.device("cpu"), torch.float32  # the only place that says so: the rest takes what it is given
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,6 @@ class LocalWorker:
     """A worker in this process, on one device. See `protocols.Worker`."""
 
     def __init__(self, config: EngineConfig, folder: Path, on_phase: OnPhase) -> None:
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.set_num_threads(config.parallel.threads or physical_cores())
         model_config = config.model
         attention = cast(
@@ -54,13 +54,12 @@ class LocalWorker:
         )()
         adapter, shapes, declared_len = self._load(config, folder, attention, on_phase)
         with _phase("KV pool", on_phase) as note:
-            dtype = adapter.model.dtype
             text = adapter.config
             intermediate = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
             reserve = activation_bytes(config, text.hidden_size, intermediate, adapter.vocab_size)
-            size = block_bytes(shapes, config.kv.block_size, dtype)
-            blocks, max_len = plan_pool(config, size, declared_len, self._available(), reserve)
-            cache = PagedKVCache(shapes, blocks, config.kv.block_size, dtype, self._device)
+            size = block_bytes(shapes, config.kv.block_size, DTYPE)
+            blocks, max_len = plan_pool(config, size, declared_len, available_bytes(), reserve)
+            cache = PagedKVCache(shapes, blocks, config.kv.block_size, DTYPE, DEVICE)
             note.append(f"{blocks} blocks of {config.kv.block_size} tokens, {blocks * size / 2**20:.0f} MiB")
         if max_len < declared_len:
             logger.warning("context cut from %d to %d tokens: that is what the KV pool holds", declared_len, max_len)
@@ -81,39 +80,33 @@ class LocalWorker:
     def close(self) -> None:
         """Nothing to release: tensors go with the process."""
 
-    def _available(self) -> int:
-        return torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else available_bytes()
-
     def _load(
         self, config: EngineConfig, folder: Path, attention: AttentionBackend, on_phase: OnPhase
     ) -> tuple[DecoderAdapter, tuple[LayerShape, ...], int]:
         """Load, fuse, pack and check the model: (adapter, cache shapes, declared context length)."""
-        on_cpu = self._device.type == "cpu"
-        dtype = torch.float32 if on_cpu else torch.bfloat16
         quant = config.model.quant
-        if quant == "fp16" and not (on_cpu and packing_available()):
-            logger.info("fp16-packed linears need an x86 CPU; serving with %s weights", dtype)
+        if quant == "fp16" and not packing_available():
+            logger.warning("fp16-packed linears need an x86 CPU; serving with exact fp32 weights")
             quant = "none"
         with _phase("weights", on_phase):
             model_config = load_config(folder)
-            model = load_model(folder, model_config, dtype, self._device)
+            model = load_model(folder, model_config, DTYPE, DEVICE)
             vocab_size = model_config.get_text_config().vocab_size
         with _phase("plain forward (reference)", on_phase):
             expected = selfcheck.plain_logits(model, vocab_size)
             adapter = DecoderAdapter(model)
             shapes = adapter.probe()
         with _phase("fusion and packing", on_phase) as note:
-            fused = fuse(model, *_fusion_run(adapter, shapes, attention), _finish(quant)) if on_cpu else 0
+            fused = fuse(model, *_fusion_run(adapter, shapes, attention), _finish(quant))
             if quant == "fp16":
                 pack_linears(model)
             note.append(f"{fused} modules fused, weights: {quant}")
         with _phase("self-check", on_phase) as note:
-            got = selfcheck.paged_logits(adapter, shapes, attention, dtype)
-            tolerance = selfcheck.TOLERANCE[quant] if on_cpu else 5e-2
+            got = selfcheck.paged_logits(adapter, shapes, attention, DTYPE)
+            tolerance = selfcheck.TOLERANCE[quant]
             error = selfcheck.check(expected, got, tolerance, model_config.model_type)
             note.append(f"paged forward within {error:.1e} of the model's own")
-        declared = getattr(adapter.config, "max_position_embeddings", None) or 2048
-        return adapter, shapes, int(declared)
+        return adapter, shapes, context_length(model_config)
 
 
 def _fusion_run(

@@ -7,13 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, PretrainedConfig, Qwen3NextConfig, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    Lfm2Config,
+    LlamaConfig,
+    MambaConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen3NextConfig,
+    T5Config,
+)
 
 from engine.attention.sdpa import SdpaAttention, SdpaStep
 from engine.config import EngineConfig, KVConfig, ModelConfig
 from engine.errors import ModelLoadError
 from engine.models import selfcheck
-from engine.models.adapter import DecoderAdapter, check_supported
+from engine.models.adapter import DecoderAdapter, check_supported, context_length
 from engine.runtime.batch import DeviceBatch
 from engine.runtime.weights import load_config, load_model
 from engine.runtime.worker import LocalWorker
@@ -83,3 +92,18 @@ def test_recurrent_model_is_refused() -> None:
     config = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
     with pytest.raises(ModelLoadError):
         DecoderAdapter(AutoModelForCausalLM.from_config(config)).probe()
+
+
+def test_longrope_is_served_within_its_original_context() -> None:
+    """Past it, the factors of all requests in a pass would change with the longest of them."""
+    factors = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    config = Phi3Config(
+        hidden_size=64,
+        num_attention_heads=4,
+        max_position_embeddings=4096,
+        original_max_position_embeddings=256,
+        pad_token_id=0,
+        rope_parameters={**factors, "rope_theta": 1e4, "original_max_position_embeddings": 256},
+    )
+    assert context_length(config) == 256
+    assert context_length(LlamaConfig(max_position_embeddings=4096)) == 4096
