@@ -46,7 +46,7 @@ def reference(model: PreTrainedModel, ids: list[int], tokens: int) -> list[int]:
     """Greedy tokens of `transformers`. The mask is needed: the demo model's pad id ends turns, too."""
     prompt = torch.tensor([ids])
     with torch.inference_mode():
-        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False)  # type: ignore[misc, operator]
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False)  # type: ignore[operator]
     return out[0, len(ids) :].tolist()
 
 

@@ -84,7 +84,7 @@ class Settings(BaseSettings):
 
 def load_settings(section: Mapping[str, object] | None = None, **overrides: object) -> Settings:
     """Merge the file's `server` section, the environment and overrides. Raises ConfigError naming the key."""
-    environment = EnvSettingsSource(Settings)()
+    environment = EnvSettingsSource(Settings, env_ignore_empty=True)()  # VAR= in a unit file means "not set"
     try:
         return Settings.model_validate({**(section or {}), **environment, **overrides})
     except ValidationError as error:

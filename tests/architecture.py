@@ -64,7 +64,8 @@ _TENSOR_ROOMS = tuple(
 # Third-party package -> where it may be imported.
 HOMES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings"), ("server.", "benchmarks.")),
-    **dict.fromkeys(("torch", "triton", "transformers"), (*_TENSOR_ROOMS, "training.")),
+    # benchmarks.agreement compares with the reference implementation, which is transformers itself.
+    **dict.fromkeys(("torch", "triton", "transformers"), (*_TENSOR_ROOMS, "training.", "benchmarks.agreement")),
     "flash_attn": ("engine.attention.flash",),
     "flash_attn_interface": ("engine.attention.flash",),
     "prometheus_client": ("server.",),

@@ -103,9 +103,12 @@ def _base(gguf: GGUFFile, model_type: str, architecture: str) -> Json:
     if gguf.integer(f"{arch}.expert_count", 0):
         raise ModelLoadError(f"{gguf.path.name}: mixture-of-experts GGUF files are not supported")
     hidden, heads = gguf.integer(f"{arch}.embedding_length"), gguf.integer(f"{arch}.attention.head_count")
-    if heads < 1 or hidden < 1:
-        raise ModelLoadError(f"{gguf.path.name}: {heads} attention heads and a width of {hidden} make no model")
-    head_dim = gguf.integer(f"{arch}.attention.key_length", hidden // heads)
+    kv_heads = gguf.integer(f"{arch}.attention.head_count_kv", heads)
+    head_dim = gguf.integer(f"{arch}.attention.key_length", hidden // heads if heads > 0 else 0)
+    if min(hidden, heads, kv_heads, head_dim) < 1:
+        raise ModelLoadError(
+            f"{gguf.path.name}: width {hidden}, {heads} heads, {kv_heads} key heads of {head_dim} make no model"
+        )
     if gguf.integer(f"{arch}.attention.value_length", head_dim) != head_dim:
         raise ModelLoadError(f"{gguf.path.name}: keys and values of different length are not supported")
     return _common(gguf, model_type, architecture) | {
@@ -113,7 +116,7 @@ def _base(gguf: GGUFFile, model_type: str, architecture: str) -> Json:
         "intermediate_size": gguf.integer(f"{arch}.feed_forward_length"),
         "num_hidden_layers": gguf.integer(f"{arch}.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": gguf.integer(f"{arch}.attention.head_count_kv", heads),
+        "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "max_position_embeddings": gguf.integer(f"{arch}.context_length"),
         "rms_norm_eps": gguf.number(f"{arch}.attention.layer_norm_rms_epsilon"),

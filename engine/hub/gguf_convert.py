@@ -37,6 +37,7 @@ def convert_gguf(path: Path, cache_dir: Path, on_phase: Callable[[str], None] | 
         cache_dir.mkdir(parents=True, exist_ok=True)
         _remove_stale(cache_dir)
         work = Path(tempfile.mkdtemp(prefix=".converting-", dir=cache_dir))
+        work.chmod(0o755)  # mkdtemp makes it private, but the cache may be shared
         try:
             convert_into(path, work)
             _publish(work, folder)

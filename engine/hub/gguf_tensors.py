@@ -38,7 +38,7 @@ def rotary_unpermute(heads: int) -> Transform:
     """Undo llama.cpp's interleaving of the two rotary halves of each head (its `permute` for llama's q and k)."""
 
     def order(rows: int) -> npt.NDArray[np.int64]:
-        if rows % (2 * heads):
+        if heads < 1 or rows % (2 * heads):
             raise ModelLoadError(f"a query or key matrix of {rows} rows does not divide into {heads} heads")
         return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 

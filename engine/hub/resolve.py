@@ -31,9 +31,9 @@ def resolve(path: str, cache_dir: Path, on_phase: OnPhase | None = None) -> Path
         return _convert(find_demo(), cache_dir, on_phase)
     local = Path(path).expanduser()
     try:
-        if local.is_file():
+        if path and local.is_file():
             return _resolve_file(local, cache_dir, on_phase)
-        if local.is_dir():
+        if path and local.is_dir():
             return _resolve_folder(local, cache_dir, on_phase)
     except OSError as error:
         raise ModelLoadError(f"{path[:200]!r} can't be read: {error.strerror or error}") from error

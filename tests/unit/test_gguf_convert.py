@@ -163,6 +163,8 @@ def _without(name: str) -> Tensors:
         ({"keys": {"llama.block_count": 1}}, "does not hold 1 layers"),
         ({"keys": {"llama.expert_count": 8}}, "mixture-of-experts"),
         ({"keys": {"llama.attention.head_count": 0}}, "make no model"),
+        ({"keys": {"llama.attention.head_count_kv": 0}}, "make no model"),
+        ({"keys": {"llama.attention.key_length": 0}}, "make no model"),
         ({"keys": {"llama.rope.dimension_count": 2}}, "part of a head"),
         ({"keys": {"llama.rope.scaling.type": "odd", "llama.rope.scaling.factor": 2.0}}, "'odd' is not supported"),
         ({"keys": {"llama.attention.head_count": 5, "llama.attention.key_length": 8}}, "does not divide"),

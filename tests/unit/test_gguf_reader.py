@@ -111,7 +111,7 @@ def test_flipped_bytes_never_raise_anything_else(tmp_path: Path, full: bool) -> 
     data = write_gguf(tmp_path / "whole.gguf").read_bytes()
     broken, out, chosen, refused = tmp_path / "broken.gguf", tmp_path / "out", random.Random(1), 0
     out.mkdir()
-    for _ in range(3000 if full else 60):
+    for _ in range(3000 if full else 40):
         changed = bytearray(data)
         for _ in range(3):
             changed[chosen.randrange(12_000)] = chosen.randrange(256)
@@ -120,4 +120,4 @@ def test_flipped_bytes_never_raise_anything_else(tmp_path: Path, full: bool) -> 
             convert_into(broken, out)
         except ModelLoadError:
             refused += 1
-    assert refused > 30
+    assert refused > 20
