@@ -76,7 +76,7 @@ class SchedulerConfig:
 @dataclass(frozen=True, slots=True)
 class KVConfig:
     block_size: int = 16  # tokens per block
-    memory: str = ""  # size of the pool, as "512MiB"; empty: measured, all that is left after the weights
+    memory: str = ""  # size of the pool, as "512MiB"; empty: what is free after the weights, at most 4 GiB
     utilization: float = 0.9  # share of the machine's memory that may be used when `memory` is empty
     prefix_cache: bool = True
 

@@ -7,6 +7,10 @@ from pathlib import Path
 from engine.config import EngineConfig
 from engine.errors import InsufficientMemory
 
+# A pool nobody gave a size takes no more than this, or one sequence of full length: a server that fills a machine's
+# memory because it could is a bad neighbour, and its pages have to be cleared at every start.
+MEASURED_LIMIT = 4 << 30
+
 
 def available_bytes() -> int:
     """Memory that this process may still take: the machine's, or its control group's if that is less."""
@@ -52,9 +56,12 @@ def plan_pool(
     wanted = config.model.max_model_len
     if wanted is not None and wanted > declared_len:
         raise InsufficientMemory(f"models.max_model_len: {wanted} is more than the model's own {declared_len} tokens")
+    length = wanted or declared_len
+    one_sequence = -(-length // block_size) * bytes_per_block
     budget = config.kv.memory_bytes
     if budget is None:
         budget = int((available * config.kv.utilization - reserve) * config.model.memory_share)
+        budget = min(budget, max(MEASURED_LIMIT, one_sequence))
     elif budget > available - reserve:
         raise InsufficientMemory(
             f"kv.memory asks for {_mib(budget)}, but only {_mib(available - reserve)} are free after the weights and "
@@ -62,16 +69,14 @@ def plan_pool(
         )
     else:
         budget = int(budget * config.model.memory_share)
-    length = wanted or declared_len
     useful = -(-length // block_size) * config.scheduler.max_num_seqs
     blocks = min(budget // bytes_per_block, useful) if budget > 0 else 0
     fits = blocks * block_size
     if fits < min(length, 2 * block_size) or (wanted is not None and fits < wanted):
-        need = -(-length // block_size) * bytes_per_block
         raise InsufficientMemory(
             f"the KV pool has room for {max(fits, 0)} tokens ({_mib(max(budget, 0))}), but one sequence of {length} "
-            f"tokens needs {_mib(need)}: {_mib(need - max(budget, 0))} are missing. "
-            f"These settings would fit: kv.memory={_mib(need)}"
+            f"tokens needs {_mib(one_sequence)}: {_mib(one_sequence - max(budget, 0))} are missing. "
+            f"These settings would fit: kv.memory={_mib(one_sequence)}"
             + (f", or models.0.max_model_len={fits}" if fits >= 2 * block_size else "")
         )
     return int(blocks), min(length, fits)

@@ -110,6 +110,19 @@ def test_a_failed_step_ends_its_requests_and_no_others(tmp_path: Path, lag: int,
     assert worker.num_states() == 0
 
 
+def test_a_step_that_can_not_be_submitted_waits_for_the_one_in_flight(tmp_path: Path) -> None:
+    core, _ = make(tmp_path, lag=1)
+    core.add(request("beside"))
+    assert core.step().updates == ()
+    core.add(request("bad", (FAIL_SUBMIT, 65)))
+    token, *ended = core.step().updates
+    assert (token.request_id, token.finish, text([token])) == ("beside", None, answer(3, 1))
+    assert {update.request_id: update.finish for update in ended} == dict.fromkeys(
+        ("beside", "bad"), FinishReason.ERROR
+    )
+    run(core)
+
+
 @BOTH_LAGS
 def test_an_error_of_one_request_ends_that_request_alone(tmp_path: Path, lag: int) -> None:
     core, _ = make(tmp_path, lag)

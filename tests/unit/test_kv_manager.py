@@ -34,19 +34,15 @@ def test_a_match_leaves_at_least_one_token_to_compute(tokens: int, blocks: int) 
     assert kv.match(sequence(tokens)) == first.block_ids[:blocks]
 
 
-def test_only_full_blocks_of_committed_and_computed_tokens_are_published() -> None:
+def test_only_full_blocks_of_computed_tokens_are_published() -> None:
     kv = manager()
     seq = sequence(9)
     kv.admit(seq, [], 12)
-    seq.num_computed = 7
-    kv.publish(seq)
-    assert len(kv.match(sequence(12))) == 1
-    seq.num_computed = 12  # more than is committed: only 9 tokens are known
-    kv.publish(seq)
-    assert len(kv.match(sequence(13))) == 2
-    seq.output_ids += [109, 110, 111]
-    kv.publish(seq)
-    assert len(kv.match(sequence(13))) == 3
+    for done, blocks in ((7, 1), (8, 2), (11, 2), (12, 3)):
+        seq.output_ids += range(100 + seq.num_tokens, 100 + done)
+        seq.num_computed = done
+        kv.publish(seq)
+        assert len(kv.match(sequence(13))) == blocks
 
 
 def test_salts_and_different_beginnings_do_not_share() -> None:

@@ -28,6 +28,11 @@ def test_measured_size_leaves_room_for_a_step() -> None:
     assert (blocks, length) == (800, 800 * 16)  # 1000 * 0.9 - 100
 
 
+def test_measured_size_stops_at_four_gibibytes_or_one_sequence() -> None:
+    assert plan_pool(config(), BLOCK, 8192, 100_000 * MIB, 0) == (4096, 8192)
+    assert plan_pool(config(), BLOCK, 160_000, 100_000 * MIB, 0) == (10_000, 160_000)
+
+
 def test_pool_is_no_larger_than_all_sequences_can_use() -> None:
     assert plan_pool(config("512MiB", seqs=2), BLOCK, 64, 1000 * MIB, 0) == (8, 64)
 

@@ -131,10 +131,10 @@ def _check(driver: Driver, request: Request, limit: int) -> None:
     assert stop == (tokens[-1] if finish is FinishReason.STOP and not request.eos_ids else None)
 
 
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("lag", [0, 1, 2])
 @pytest.mark.parametrize("style", STYLES)
 def test_every_request_gets_its_own_tokens_and_every_block_comes_back(style: str, lag: int, full: bool) -> None:
-    count = 300 if full else NUM_WORKLOADS
+    count = (300 if full else NUM_WORKLOADS) // (1 if lag < 2 else 4)  # 2 is only there to try the arithmetic
     stats = [Case(STYLES[style], lag, seed).run() for seed in range(count)]
     assert sum(s.preemptions for s in stats) > count // 2, "the pools were meant to be too small"
     hits = sum(s.prefix_hits for s in stats)

@@ -119,7 +119,20 @@ def test_the_last_in_order_is_preempted_and_goes_on_where_it_was() -> None:
     run.drain()
     assert run.tokens("b") == expected(make_request("b", 8, 12, seed=2), 24)[0]
     assert [run.updates[name][-1].preemptions for name in "ab"] == [0, 1]
-    assert run.scheduler.stats().preemptions == 1
+    stats = run.scheduler.stats()
+    assert (stats.preemptions, stats.prefix_queries, stats.prefix_hits) == (1, 16, 0), "own blocks are no hits"
+
+
+def test_nobody_is_admitted_in_a_step_in_which_memory_was_short() -> None:
+    run = driver(blocks=6)
+    run.scheduler.add(make_request("a", 8, 3))
+    run.scheduler.add(make_request("b", (7,) * 16, 3, priority=1))
+    run.step()
+    run.scheduler.add(make_request("c", (9,) * 4, 3))
+    plan = run.step()
+    assert plan.dropped == ("b",) and not plan.admitted
+    assert [admission.request.id for admission in run.step().admitted] == ["c"]
+    run.drain()
 
 
 def test_a_waiting_request_pushes_out_a_lower_priority_only_when_memory_is_short() -> None:
@@ -134,6 +147,25 @@ def test_a_waiting_request_pushes_out_a_lower_priority_only_when_memory_is_short
     assert plan.dropped == ("low",) and [a.request.id for a in plan.admitted] == ["urgent"]
     run.drain()
     assert run.updates["low"][-1].preemptions == 1 and run.updates["same"][-1].preemptions == 0
+
+
+def test_blocks_on_their_way_back_are_awaited_before_the_next_is_pushed_out() -> None:
+    run = driver(lag=1, blocks=10)
+    for name in ("low1", "low2"):
+        run.scheduler.add(make_request(name, (int(name[3]),) * 12, 4, priority=1))
+    run.step()
+    run.scheduler.add(make_request("urgent", (7,) * 16, 2))
+    run.drain()
+    assert [run.updates[name][-1].preemptions for name in ("low1", "low2")] == [0, 1]
+
+
+def test_an_earlier_arrival_pushes_out_nobody_of_its_own_priority() -> None:
+    run = driver(blocks=8)
+    run.scheduler.add(make_request("late", 12, 8))
+    run.step()
+    run.scheduler.add(make_request("early", (7,) * 24, 4, arrival=-1.0))
+    run.drain()
+    assert run.scheduler.stats().preemptions == 0
 
 
 @pytest.mark.parametrize(("blocks", "seqs"), [(12, 3), (40, 2)], ids=["in vain", "for a place"])

@@ -89,6 +89,16 @@ def test_tokens_behind_a_stop_are_never_published() -> None:
     assert item.start == 4
 
 
+def test_a_prompt_that_is_only_scored_is_computed_to_its_end() -> None:
+    scheduler = make_scheduler(budget=8)
+    scheduler.add(make_request("a", 12, 0, prompt_logprobs=0))
+    scores = tuple(logprob(token) for token in range(101, 112))
+    (first,) = step(scheduler, a=SeqResult("a", (), 8, prompt_logprobs=scores[:8]))
+    (last,) = step(scheduler, a=SeqResult("a", (1,), 12, prompt_logprobs=scores[8:]))
+    assert (first.finish, last.finish, last.token_ids) == (None, LENGTH, ())
+    assert (first.prompt_logprobs, last.prompt_logprobs) == (scores[:8], scores[8:])
+
+
 def test_every_update_tells_of_the_cache_and_the_start() -> None:
     scheduler = make_scheduler()
     for name in "ab":
