@@ -48,7 +48,6 @@ def create_app(
         title="Slipstream",
         version=version(),
         lifespan=lifespan,
-        root_path=settings.root_path,
         redirect_slashes=False,
     )
     app.state.service = Service(engines, settings, metrics, lifecycle, KeyRing(settings.keys), UnknownFields())
@@ -63,7 +62,7 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    app.add_middleware(Exchanges, metrics=metrics, log_requests=settings.log_requests)
+    app.add_middleware(Exchanges, metrics=metrics, root_path=settings.root_path, log_requests=settings.log_requests)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # the way that FastAPI documents
     return app
 

@@ -43,7 +43,7 @@ def parse_json(data: bytes) -> object:
 
 def _check_depth(value: object) -> None:
     level: list[object] = [value]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         children: list[object] = []
         for node in level:
             inner = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()

@@ -10,6 +10,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 import httpx
 import msgspec
 
+from server.settings import load_settings
+
 _HELP = "/clear forgets the conversation, /exit leaves (as does Ctrl-D); Ctrl-C stops an answer."
 
 
@@ -152,8 +154,9 @@ def complete(arguments: Sequence[str]) -> int:
 def _with_client(parsed: argparse.Namespace, use: Callable[[Client], object]) -> int:
     names = ("max_tokens", "temperature", "top_p", "seed")
     options = {name: value for name in names if (value := getattr(parsed, name)) is not None}
+    api_key = parsed.api_key or next(iter(load_settings().keys), None)
     try:
-        with contextlib.closing(Client(parsed.url, parsed.api_key, parsed.model, options)) as client:
+        with contextlib.closing(Client(parsed.url, api_key, parsed.model, options)) as client:
             client.find_model()
             use(client)
     except (ClientError, httpx.InvalidURL) as error:
@@ -208,7 +211,7 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"slipstream {command}", description=description)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the server is (default: %(default)s)")
     parser.add_argument("--model", metavar="ID", help="which model to ask (default: the first one it serves)")
-    parser.add_argument("--api-key", metavar="KEY", help="the key, where the server wants one")
+    parser.add_argument("--api-key", metavar="KEY", help="the key, where one is wanted (default: $SLIPSTREAM_API_KEY)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="at most this many tokens (default: the server's)")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token each time")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens of this joint mass")

@@ -106,7 +106,7 @@ def _from_validation(errors: Sequence[Mapping[str, object]]) -> ApiError:
     kind, message = str(first["type"]), str(first["msg"])
     if kind == "missing":
         if not path:
-            return ApiError(400, "The request body is empty.", code="missing_required_parameter")
+            return ApiError(400, "The request body is empty.", code="invalid_json")
         return ApiError(400, f"Missing required parameter: '{path}'.", param=path, code="missing_required_parameter")
     code = "invalid_type" if kind.endswith("_type") else "invalid_value"
     if kind in ("array_above_max_length", "string_above_max_length", "unsupported_parameter"):

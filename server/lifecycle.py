@@ -107,7 +107,7 @@ class Lifecycle:
                 await engine.start(self._note_phase)
                 engine.add_observer(self._metrics.observer(name, engine.info))
         except Exception as error:
-            log.error("start-up failed: %s", error)
+            log.debug("start-up failed: %s", error)  # `run` raises it, and the command says it
             self.failure, self.state = error, State.FAILED
         else:
             if self.state is State.STARTING:

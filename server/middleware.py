@@ -70,17 +70,23 @@ class Exchange:
 
 
 class Exchanges:
-    """The outermost middleware. Also takes a slash off the end of paths, so that /v1/models/ is /v1/models."""
+    """The outermost middleware.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, log_requests: bool) -> None:
+    Also takes a slash off the end of paths, so that /v1/models/ is /v1/models, and says where the application lies:
+    paths are understood with `root_path` in front and without it.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, root_path: str, log_requests: bool) -> None:
         self._app = app
         self._metrics = metrics
+        self._root_path = root_path
         self._log_requests = log_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope["root_path"] = self._root_path
         _strip_slash(scope)
         exchange = Exchange(scope, send)
         try:

@@ -130,7 +130,7 @@ async def encode_prompts(body: CompletionBody, engine: Engine, service: Service)
     """The prompts of a completions request, in order. Raises ApiError and InvalidRequest."""
     given: list[str] | list[list[int]]
     single = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
-    given = [body.prompt] if single else body.prompt  # type: ignore[list-item, assignment]  # the schema has checked
+    given = [body.prompt] if single else body.prompt  # type: ignore[assignment]  # the schema has checked
     check_limit("prompt", len(given), service.settings.max_prompts, "entries")
     for item in given:
         if isinstance(item, str):

@@ -33,6 +33,14 @@ def run(app: FastAPI, settings: Settings, sockets: list[socket.socket] | None = 
     `sockets` listen already; without them, host and port are bound here.
     """
     _raise_file_limit()
+    server = make_server(app, settings)
+    server.run(sockets)
+    if server.lifecycle.failure is not None:
+        raise server.lifecycle.failure
+
+
+def make_server(app: FastAPI, settings: Settings) -> Server:
+    """The server of `run`, for a caller with an event loop of its own (`await server.serve()`)."""
     config = Config(
         app,
         host=settings.host,
@@ -49,10 +57,7 @@ def run(app: FastAPI, settings: Settings, sockets: list[socket.socket] | None = 
     )
     service = app.state.service
     assert isinstance(service, Service)
-    server = Server(config, service.lifecycle, settings.drain_timeout)
-    server.run(sockets)
-    if service.lifecycle.failure is not None:
-        raise service.lifecycle.failure
+    return Server(config, service.lifecycle, settings.drain_timeout)
 
 
 class Server(uvicorn.Server):
@@ -60,7 +65,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: Config, lifecycle: Lifecycle, drain_timeout: float) -> None:
         super().__init__(config)
-        self._lifecycle = lifecycle
+        self.lifecycle = lifecycle
         self._drain_timeout = drain_timeout
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  as in the base
@@ -70,15 +75,15 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        return await super().on_tick(counter) or self._lifecycle.failure is not None
+        return await super().on_tick(counter) or self.lifecycle.failure is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        drain = asyncio.ensure_future(self._lifecycle.drain(self._drain_timeout))
+        drain = asyncio.ensure_future(self.lifecycle.drain(self._drain_timeout))
         while not drain.done() and not self.force_exit:
             await asyncio.wait((drain,), timeout=0.1)
         drain.cancel()
         await asyncio.gather(drain, return_exceptions=True)
-        await self._lifecycle.close()
+        await self.lifecycle.close()
         await super().shutdown(sockets)
         if self.force_exit:  # then the base class has left this out
             await self.lifespan.shutdown()
@@ -118,8 +123,10 @@ class BoundedProtocol(H11Protocol):
         self._refuse(ApiError(400, msg, code="invalid_http"))
 
     def _watch_headers(self) -> None:
-        """A clock runs while the start of a request is in, but not the end of its headers."""
-        waiting = self.conn.their_state is h11.IDLE and self.timeout_keep_alive_task is None
+        """A clock runs while a request's headers are on their way, or the rest of a body that was refused unread."""
+        headers = self.conn.their_state is h11.IDLE
+        leftover = self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
+        waiting = (headers or leftover) and self.timeout_keep_alive_task is None
         if waiting and self._deadline is None:
             self._deadline = self.loop.call_later(self.header_timeout, self._give_up)
         elif not waiting:
@@ -143,6 +150,9 @@ class BoundedProtocol(H11Protocol):
                 h11.EndOfMessage(),
             ):
                 self.transport.write(self.conn.send(event) or b"")
+        if self.cycle is not None:  # what the application still has to say would not fit behind this
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.close()
 
 

@@ -85,6 +85,7 @@ class EngineClient:
                 *(sys.executable, "-P", "-c", _COMMAND, _ROOT),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=2,  # a stray print must not end up in the answer of a command
+                start_new_session=True,  # Ctrl-C in a terminal is the parent's to answer
             )
         except BaseException:
             if channel is not None:

@@ -164,5 +164,3 @@ class FakeEngine:
             top = tuple(((token + i) % VOCAB, self.token_logprob(token) - i) for i in range(count))
             scores.append(TokenLogprob(token, self.token_logprob(token), 1, top))
         return tuple(scores)
-
-

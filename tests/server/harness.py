@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,8 +17,8 @@ from server.settings import Settings
 from tests.server.fake_engine import FakeEngine
 
 Json = dict[str, Any]
-CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
-COMPLETION = {"model": "tiny", "prompt": "hi"}
+CHAT: Json = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+COMPLETION: Json = {"model": "tiny", "prompt": "hi"}
 CHAT_URL, COMPLETION_URL = "/v1/chat/completions", "/v1/completions"
 
 
@@ -75,13 +75,17 @@ def error_of(response: httpx.Response, status: int) -> Json:
     return error
 
 
-
 class Connection:
-    """One HTTP exchange in bare ASGI: every message is seen as it is sent, and the client can leave at any time."""
+    """One HTTP exchange in bare ASGI: every message is seen as it is sent, and the client can leave at any time.
 
-    def __init__(self, app: FastAPI, path: str, body: Json, method: str = "POST", **headers: str) -> None:
+    `room`: messages that are taken before the server has to wait for `next`; 0 is any number.
+    """
+
+    def __init__(
+        self, app: FastAPI, path: str, body: Mapping[str, object], method: str = "POST", room: int = 0, **headers: str
+    ) -> None:
         names = {"content-type": "application/json", **headers}
-        self._scope = {
+        scope: Json = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
             "http_version": "1.1",
@@ -97,16 +101,25 @@ class Connection:
         }
         self._incoming: asyncio.Queue[Json] = asyncio.Queue()
         self._incoming.put_nowait({"type": "http.request", "body": json.dumps(body).encode(), "more_body": False})
-        self._outgoing: asyncio.Queue[Json] = asyncio.Queue()
-        self.task = asyncio.ensure_future(app(self._scope, self._incoming.get, self._outgoing.put))
+        self._outgoing: asyncio.Queue[Json] = asyncio.Queue(room)
+        self.task: asyncio.Task[None] = asyncio.create_task(app(scope, self._incoming.get, self._send))
+
+    async def _send(self, message: MutableMapping[str, Any]) -> None:
+        await self._outgoing.put(dict(message))
 
     async def next(self) -> Json:
         """The next message of the server."""
         return await asyncio.wait_for(self._outgoing.get(), 10)
 
-    @property
-    def idle(self) -> bool:
-        return self._outgoing.empty()
+    async def rest(self) -> bytes:
+        """The body from here to its end."""
+        body = b""
+        while True:
+            message = await self.next()
+            body += message.get("body", b"")
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                await self.task
+                return body
 
     async def leave(self) -> None:
         """Close the connection, and wait until the server has noticed."""

@@ -53,7 +53,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def upstream() -> Iterator[Upstream]:
+def upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[Upstream]:
+    monkeypatch.delenv("SLIPSTREAM_API_KEY", raising=False)
     with Upstream() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -86,6 +87,13 @@ def test_complete_reads_standard_input(upstream: Upstream, typed: Callable[[str]
     assert upstream.asked == [
         ("/v1/completions", {"model": "second", "stream": True, "prompt": "two\nlines"}, None),
     ]
+
+
+def test_the_key_of_the_environment_is_used(upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIPSTREAM_API_KEY", "sk-2")
+    upstream.replies = [(200, DONE)]
+    assert main(["complete", "x", "--url", upstream.url]) == 0
+    assert upstream.asked[0][2] == "Bearer sk-2"
 
 
 def test_chat_keeps_the_conversation(

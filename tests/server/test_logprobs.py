@@ -8,6 +8,7 @@ import math
 import httpx
 import pytest
 
+from engine.types import TokenLogprob
 from tests.server.fake_engine import BOS, EOS, HELLO, VOCAB, WORLD, FakeEngine, make_tokenizer
 from tests.server.harness import CHAT, CHAT_URL, COMPLETION, COMPLETION_URL, Json, error_of, serving, stream
 
@@ -125,7 +126,9 @@ async def test_point_25_no_infinity_in_json(value: float) -> None:
     async with serving(engine) as client:
         completion = await client.post(COMPLETION_URL, json={**COMPLETION, "logprobs": 2})
         chat = await client.post(CHAT_URL, json={**CHAT, "logprobs": True, "top_logprobs": 2})
-    assert json.loads(completion.text, parse_constant=pytest.fail)["choices"][0]["logprobs"]["token_logprobs"][0] == -9999
+    assert (
+        json.loads(completion.text, parse_constant=pytest.fail)["choices"][0]["logprobs"]["token_logprobs"][0] == -9999
+    )
     assert json.loads(chat.text, parse_constant=pytest.fail)["choices"][0]["logprobs"]["content"][0]["logprob"] == -9999
 
 
@@ -136,6 +139,17 @@ async def test_point_26_tokens_as_ids() -> None:
     assert scores["tokens"] == ["token_id:258", "token_id:200", "token_id:201"]
     assert all(len(top) == 2 for top in scores["top_logprobs"])
     assert chat.json()["choices"][0]["logprobs"]["content"][0]["token"] == "token_id:258"
+
+
+async def test_point_26_where_two_tokens_have_one_text_the_chosen_one_counts() -> None:
+    half, other = make_tokenizer().encode("ö")
+    engine = FakeEngine(answer=[half])
+    engine._scores = lambda tokens, count: (  # type: ignore[method-assign]
+        (TokenLogprob(half, -2.0, 2, ((other, -0.1), (HELLO, -3.0))),) if count is not None else None
+    )
+    async with serving(engine) as client:
+        scores = (await choice_of(client, logprobs=2, max_tokens=1))["logprobs"]
+    assert scores["top_logprobs"] == [{"\ufffd": -2.0, "Hello": -3.0}] and scores["token_logprobs"] == [-2.0]
 
 
 async def test_point_27_chat_logprobs() -> None:

@@ -68,8 +68,7 @@ async def test_point_2_done_comes_after_an_error_too_and_5_errors_in_a_stream() 
         await connection.next()
         await connection.next()
         engine.error(engine.submitted[0].id)
-        body = (await connection.next())["body"] + (await connection.next())["body"]
-        await connection.task
+        body = await connection.rest()
     error = events(body.decode())[-1]["error"]
     assert error["type"] == "server_error" and isinstance(error["message"], str)
     assert "/secret/path" not in body.decode() and "0x7f" not in body.decode()
@@ -84,9 +83,7 @@ async def test_point_3_comments_while_silent(url: str, body: dict[str, object]) 
         while (await connection.next()).get("body") != b": keep-alive\n\n":
             pass
         engine.flowing.set()
-        rest = b""
-        while (message := await connection.next())["more_body"]:
-            rest += message["body"]
+        rest = await connection.rest()
     assert events(rest.decode())[-1]["choices"][0]["finish_reason"] == "stop"
 
 
@@ -98,8 +95,7 @@ async def test_point_4_first_chunk_comes_before_the_first_token() -> None:
         assert (await connection.next())["status"] == 200
         assert b'"role":"assistant"' in (await connection.next())["body"]
         engine.flowing.set()
-        while (await connection.next())["more_body"]:
-            pass
+        await connection.rest()
 
 
 @pytest.mark.parametrize("body", [{"n": 0}, {"messages": []}, {"model": "other"}, {"max_tokens": -1}])

@@ -1,0 +1,61 @@
+"""Servers that several tests share. Each ends with the proof that it leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.process import ServerProcess
+from tests.e2e.wire import assert_idle, complete
+from tests.tiny import save_tiny
+
+# Chunks and a pool that are small against the load of some tests: they go through chunked prefill and preemption.
+TINY_SETTINGS = ("kv.memory=6MiB", "scheduler.max_batched_tokens=128")
+# For slow clients that the tests play; long enough for honest ones on a busy machine.
+SHORT_TIMES = ("server.header_timeout=4", "server.body_timeout=2")
+
+
+def setting_arguments(*settings: str) -> list[str]:
+    return [part for setting in settings for part in ("--set", setting)]
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random llama with one token per byte and a context of 512."""
+    return save_tiny("llama", tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def demo() -> Iterator[ServerProcess]:
+    """`configs/demo.yaml`, as `make serve` starts it."""
+    with ServerProcess("--config", "configs/demo.yaml") as server:
+        yield server.wait_ready()
+        server.assert_clean_end()
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> Iterator[ServerProcess]:
+    with ServerProcess(str(tiny_folder), *setting_arguments(*TINY_SETTINGS, *SHORT_TIMES)) as server:
+        yield server.wait_ready()
+        server.assert_clean_end()
+
+
+@pytest.fixture(scope="session")
+def keyed(tiny_folder: Path) -> Iterator[ServerProcess]:
+    """The same model with lag 1, behind the key `sk-right`."""
+    settings = (*TINY_SETTINGS, "scheduler.lag=1", "server.api_key=sk-right")
+    with ServerProcess(str(tiny_folder), *setting_arguments(*settings)) as server:
+        yield server.wait_ready()
+        server.assert_clean_end()
+
+
+@pytest.fixture
+def unharmed(tiny: ServerProcess) -> Iterator[None]:
+    """After the test the same engine process answers as before, and nothing is left in it."""
+    engine, before = tiny.engine_pid, complete(tiny.url, "as ever", max_tokens=3)
+    yield
+    assert_idle(tiny.url)
+    assert complete(tiny.url, "as ever", max_tokens=3) == before
+    assert tiny.engine_pid == engine

@@ -1,0 +1,170 @@
+"""The real command, in a process group of its own, and everything that it could leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = (sys.executable, "-m", "server")
+START_SECONDS = 90.0  # generous: the machine may be busy, and the first start converts the demo model
+END_SECONDS = 30.0
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
+    """Poll until `condition` holds. Raises AssertionError naming `what` when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.02)
+
+
+def children(pid: int) -> list[int]:
+    """Process ids whose parent is `pid`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+            except OSError:  # it has ended meanwhile
+                continue
+            if int(parent) == pid:
+                found.append(int(entry.name))
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Does the process exist, and is it no zombie?"""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+        return port
+
+
+class ServerProcess:
+    """`slipstream serve` with `arguments`. As a context manager it is killed at the end if it still runs.
+
+    It gets a temporary directory of its own, so that what it leaves there can be seen.
+    """
+
+    def __init__(self, *arguments: str, port: int = 0) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="e2e-")
+        self.temporary = Path(self._folder.name, "tmp")
+        self.temporary.mkdir()
+        self._out, self._err = Path(self._folder.name, "out"), Path(self._folder.name, "err")
+        self.url = f"http://127.0.0.1:{port}" if port else ""
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self._process = subprocess.Popen(
+                [*COMMAND, "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)],
+                cwd=ROOT,
+                env={**os.environ, "TMPDIR": str(self.temporary)},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+
+    @property
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self._out.read_text(encoding="utf-8")
+
+    @property
+    def log(self) -> str:
+        return self._err.read_text(encoding="utf-8")
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    @property
+    def engine_pid(self) -> int:
+        """The one child that it has."""
+        (pid,) = children(self.pid)
+        return pid
+
+    def wait_ready(self) -> ServerProcess:
+        """Wait for the start-up table to end, then for /ready."""
+
+        def printed() -> bool:
+            assert self._process.poll() is None, f"the server ended with {self._process.returncode}:\n{self.log}"
+            return "\ncurl " in self.output
+
+        wait_until(printed, f"the start-up table; so far:\n{self.output}\n{self.log}", START_SECONDS)
+        found = re.search(r" at (http://127\.0\.0\.1:\d+)/v1 ", self.output)
+        assert found is not None, self.output
+        self.url = found[1]
+        wait_until(lambda: httpx.get(f"{self.url}/ready", timeout=10).status_code == 200, "/ready", 10)
+        return self
+
+    def send(self, number: signal.Signals, *, group: bool = False) -> None:
+        """To the server alone, or as Ctrl-C does to everything it has started."""
+        (os.killpg if group else os.kill)(self.pid, number)
+
+    def wait(self, seconds: float = END_SECONDS) -> int:
+        """Its exit status."""
+        return self._process.wait(seconds)
+
+    def processes(self) -> list[int]:
+        """Every process that it has started and that has not ended, told by the temporary directory they share."""
+        mark = f"TMPDIR={self.temporary}\0".encode()
+        return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and _carries(entry, mark)]
+
+    def assert_gone(self) -> None:
+        """No process that it has started is left, and nothing of it in the temporary directory."""
+        wait_until(lambda: not self.processes(), "the end of every process that the server has started", 10)
+        wait_until(lambda: not list(self.temporary.iterdir()), f"{self.temporary} to be empty", 10)
+
+    def assert_clean_end(self, number: signal.Signals = signal.SIGTERM, *, group: bool = False) -> None:
+        """End it with a signal: exit status 0, no process and no file left, and no failure in its log."""
+        self.send(number, group=group)
+        assert self.wait() == 0, self.log[-3000:]
+        self.assert_gone()
+        lines = self.log.splitlines()
+        bad = [i for i, line in enumerate(lines) if re.search(r"Traceback| ERROR |^ERROR|Warning:|leaked", line)]
+        assert not bad, "\n".join(lines[bad[0] - 2 : bad[0] + 40])
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None:  # pytest shows it beside the failure
+            print(f"--- the server's output\n{self.output[-2000:]}\n--- its log\n{self.log[-4000:]}")  # noqa: T201
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait(10)
+        self._folder.cleanup()
+
+
+def _carries(process: Path, mark: bytes) -> bool:
+    try:
+        return mark in (process / "environ").read_bytes()
+    except OSError:  # another user's, or it has ended meanwhile
+        return False
+
+
+def run_command(*arguments: str, given: str = "", seconds: float = 60.0) -> subprocess.CompletedProcess[str]:
+    """Run one `slipstream` command to its end; `given` is its standard input."""
+    return subprocess.run(
+        [*COMMAND, *arguments], cwd=ROOT, input=given, capture_output=True, text=True, timeout=seconds, check=False
+    )
