@@ -11,7 +11,7 @@ import pytest
 from openai import OpenAI
 
 from tests.e2e.process import ServerProcess
-from tests.e2e.wire import Json, assert_idle
+from tests.e2e.wire import Json, assert_idle, get
 
 RIGHT = {"authorization": "Bearer sk-right"}
 
@@ -63,6 +63,6 @@ def test_a_server_with_a_key(keyed: ServerProcess) -> None:
     with pytest.raises(openai.AuthenticationError) as caught:
         wrong.models.list()
     assert caught.value.code == "invalid_api_key"
-    assert httpx.get(f"{keyed.url}/v1/models").headers["www-authenticate"] == "Bearer"
-    assert httpx.get(f"{keyed.url}/health").status_code == 200
+    assert get(keyed.url, "/v1/models").headers["www-authenticate"] == "Bearer"
+    assert get(keyed.url, "/health").status_code == 200
     assert "YOUR_API_KEY" in keyed.output and "sk-right" not in keyed.output + keyed.log

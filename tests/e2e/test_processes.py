@@ -13,7 +13,7 @@ import httpx
 
 from tests.e2e.conftest import setting_arguments
 from tests.e2e.process import ServerProcess, alive, free_port, run_command, wait_until
-from tests.e2e.wire import Json, check_error, complete, error_of, post
+from tests.e2e.wire import Json, check_error, complete, error_of, get, post
 
 LONG: Json = {"prompt": "a long story", "max_tokens": 400, "ignore_eos": True, "n": 16, "seed": 1, "stream": True}
 
@@ -38,7 +38,7 @@ def open_stream(url: str, body: Json = LONG) -> Iterator[OpenStream]:
 
 
 def health(url: str) -> int:
-    return httpx.get(f"{url}/health", timeout=10).status_code
+    return get(url, "/health").status_code
 
 
 def test_start_and_a_drain_that_lets_streams_finish(tiny_folder: Path) -> None:
@@ -48,13 +48,13 @@ def test_start_and_a_drain_that_lets_streams_finish(tiny_folder: Path) -> None:
         early = post(server.url, "/v1/completions", {"prompt": "a"})
         error = error_of(early, low=503, high=503)
         assert error["code"] == "starting" and int(early.headers["retry-after"]) > 0
-        assert httpx.get(f"{server.url}/ready").status_code == 503 == health(server.url)
+        assert get(server.url, "/ready").status_code == 503 == health(server.url)
         server.wait_ready()
         assert health(server.url) == 200
         alone = complete(server.url, "a", max_tokens=5)
         with open_stream(server.url) as stream:
             server.send(signal.SIGTERM)
-            wait_until(lambda: httpx.get(f"{server.url}/ready").status_code == 503, "draining to show in /ready")
+            wait_until(lambda: get(server.url, "/ready").status_code == 503, "draining to show in /ready")
             refused = post(server.url, "/v1/completions", {"prompt": "a"})
             assert error_of(refused, low=503, high=503)["code"] == "draining"
             assert int(refused.headers["retry-after"]) > 0
@@ -70,7 +70,7 @@ def test_start_and_a_drain_that_lets_streams_finish(tiny_folder: Path) -> None:
 
 def _listens(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/version", timeout=10).status_code == 200
+        return get(url, "/version").status_code == 200
     except httpx.ConnectError:
         return False
 
@@ -80,7 +80,7 @@ def test_a_second_signal_does_not_wait(tiny_folder: Path) -> None:
         engine = server.engine_pid
         os.kill(engine, signal.SIGSTOP)  # so that the stream can't end by itself
         server.send(signal.SIGTERM)
-        wait_until(lambda: httpx.get(f"{server.url}/ready").status_code == 503, "draining to show in /ready")
+        wait_until(lambda: get(server.url, "/ready").status_code == 503, "draining to show in /ready")
         server.send(signal.SIGTERM)
         *_, error, done = stream.rest()
         assert check_error(json.loads(error))["type"] == "server_error" and done == "[DONE]"
@@ -102,7 +102,7 @@ def test_an_engine_that_hangs_and_one_that_dies(tiny_folder: Path) -> None:
         with open_stream(server.url) as stream:
             os.kill(engine, signal.SIGSTOP)
             wait_until(lambda: health(server.url) == 503, "/health to notice the hang")
-            assert "no progress" in httpx.get(f"{server.url}/health").json()["reason"]
+            assert "no progress" in get(server.url, "/health").json()["reason"]
             os.kill(engine, signal.SIGCONT)
             assert stream.rest()[-1] == "[DONE]"
         assert health(server.url) == 200 and complete(server.url, "the same") == before
@@ -112,10 +112,10 @@ def test_an_engine_that_hangs_and_one_that_dies(tiny_folder: Path) -> None:
                 *_, error, done = broken.rest()
                 assert check_error(json.loads(error))["code"] == "engine_unavailable" and done == "[DONE]"
         wait_until(lambda: health(server.url) == 503, "/health to notice the death")
-        assert "SIGKILL" in httpx.get(f"{server.url}/health").json()["reason"]
+        assert "SIGKILL" in get(server.url, "/health").json()["reason"]
         refused = post(server.url, "/v1/completions", {"prompt": "a"})
         assert error_of(refused, low=503, high=503)["code"] == "engine_unavailable"
-        assert httpx.get(f"{server.url}/metrics").status_code == 200
+        assert get(server.url, "/metrics").status_code == 200
         server.send(signal.SIGTERM)
         assert server.wait() == 0
         server.assert_gone()

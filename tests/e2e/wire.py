@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import socket
 import time
@@ -16,8 +17,18 @@ Json = dict[str, Any]
 IDLE = {"vllm:num_requests_running": 0.0, "vllm:num_requests_waiting": 0.0, "vllm:kv_cache_usage_perc": 0.0}
 
 
-def post(url: str, path: str, body: Json, timeout: float = 60.0) -> httpx.Response:
-    return httpx.post(f"{url}{path}", json=body, timeout=timeout)
+@functools.cache
+def http() -> httpx.Client:
+    """One client for all: making one costs more than most requests here. Each request has a connection of its own."""
+    return httpx.Client(verify=False, trust_env=False, timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
+
+
+def get(url: str, path: str) -> httpx.Response:
+    return http().get(f"{url}{path}")
+
+
+def post(url: str, path: str, body: object) -> httpx.Response:
+    return http().post(f"{url}{path}", json=body)
 
 
 def complete(url: str, prompt: str | list[int], **fields: Any) -> str:
@@ -49,21 +60,20 @@ def check_error(body: Json) -> Json:
     return error
 
 
-def metric(url: str, name: str) -> float:
-    """The sum over the series of a metric."""
-    lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
-    values = [float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name}{{", f"{name} "))]
-    assert values, name
-    return sum(values)
+def metrics(url: str) -> dict[str, float]:
+    """The metrics page, every family summed over its series."""
+    sums: dict[str, float] = {}
+    for line in get(url, "/metrics").text.splitlines():
+        if not line.startswith("#"):
+            series, _, value = line.rpartition(" ")
+            name = series.partition("{")[0]
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return sums
 
 
 def assert_idle(url: str) -> None:
     """Nothing runs or waits, and no live request holds a block; waits for what is on its way out."""
-
-    def idle() -> bool:
-        return all(metric(url, name) == value for name, value in IDLE.items())
-
-    wait_until(idle, f"the server to be idle: { {name: metric(url, name) for name in IDLE} }")
+    wait_until(lambda: {name: metrics(url)[name] for name in IDLE} == IDLE, f"these metrics: {IDLE}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,7 +174,7 @@ async def test_a_start_that_is_cancelled_leaves_no_process(tmp_path: Path, caplo
 PARENT = """
 import asyncio, sys
 from pathlib import Path
-from tests.unit.test_async_engine_lifecycle import ask, build
+from tests.e2e.test_engine_process import ask, build
 async def main():
     engine = build(Path(sys.argv[1]))
     starting = asyncio.create_task(engine.start(lambda phase: None))
