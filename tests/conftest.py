@@ -13,6 +13,7 @@ pytest_plugins = ["tests.budget"]
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 # Before torch is imported: on a busy machine, threads that spin at a barrier starve the ones they wait for.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # Derandomized: a red run is red again when it is run again. `--full` looks further, with the same functions.
 settings.register_profile("default", derandomize=True, deadline=None, max_examples=50)

@@ -12,7 +12,7 @@ from tests.e2e.wire import assert_idle, complete
 from tests.tiny import save_tiny
 
 # Chunks and a pool that are small against the load of some tests: they go through chunked prefill and preemption.
-TINY_SETTINGS = ("kv.memory=6MiB", "scheduler.max_batched_tokens=128")
+TINY_SETTINGS = ("kv.memory=6MiB", "scheduler.max_batched_tokens=128", "scheduler.max_queued_requests=300")
 # For slow clients that the tests play; long enough for honest ones on a busy machine.
 SHORT_TIMES = ("server.header_timeout=4", "server.body_timeout=2")
 
@@ -44,8 +44,8 @@ def tiny(tiny_folder: Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture(scope="session")
 def keyed(tiny_folder: Path) -> Iterator[ServerProcess]:
-    """The same model with lag 1, behind the key `sk-right`."""
-    settings = (*TINY_SETTINGS, "scheduler.lag=1", "server.api_key=sk-right")
+    """The same model with lag 1, behind the key `sk-right`, for at most 40 connections."""
+    settings = (*TINY_SETTINGS, "scheduler.lag=1", "server.api_key=sk-right", "server.max_connections=40")
     with ServerProcess(str(tiny_folder), *setting_arguments(*settings)) as server:
         yield server.wait_ready()
         server.assert_clean_end()

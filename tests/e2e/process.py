@@ -75,7 +75,7 @@ class ServerProcess:
             self._process = subprocess.Popen(
                 [*COMMAND, "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)],
                 cwd=ROOT,
-                env={**os.environ, "TMPDIR": str(self.temporary)},
+                env=_environment(self.temporary),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -154,6 +154,12 @@ class ServerProcess:
                 os.kill(pid, signal.SIGKILL)
         self._process.wait(10)
         self._folder.cleanup()
+
+
+def _environment(temporary: Path) -> dict[str, str]:
+    """A user's: without what `tests/conftest.py` sets for torch in the tests' own process."""
+    ours = ("OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM")
+    return {**{k: v for k, v in os.environ.items() if k not in ours}, "TMPDIR": str(temporary)}
 
 
 def _carries(process: Path, mark: bytes) -> bool:

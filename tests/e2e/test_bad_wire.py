@@ -1,4 +1,4 @@
-"""Hostile HTTP and JSON over bare sockets: a 4xx in OpenAI's shape, or a closed connection where HTTP itself is broken."""
+"""Hostile HTTP and JSON over bare sockets: a 4xx in OpenAI's shape, or a hang-up where HTTP itself is broken."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ BROKEN = {
     "one header of 1 MB": b"GET /health HTTP/1.1\r\nhost: x\r\nx-a: " + b"a" * (1 << 20) + b"\r\n\r\n",
     "100,000 headers": b"GET /health HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 100_000 + b"\r\n",
     "a path of 1 MB": b"GET /" + b"a" * (1 << 20) + b" HTTP/1.1\r\nhost: x\r\n\r\n",
-    "endless chunk size": b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n" + b"f" * 99999,
+    "endless chunk size": b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    + b"f" * 99999,
     "negative length": http_request(b"", content_length="-1"),
     "length of words": http_request(GOOD, content_length="many"),
     "2^70 bytes announced": http_request(GOOD, content_length=str(1 << 70)),
@@ -79,7 +80,9 @@ def test_requests_that_lead_nowhere(tiny: ServerProcess, name: str, request_byte
 
 
 def test_a_body_without_an_end_in_sight_is_cut_off(tiny: ServerProcess) -> None:
-    head = b"POST " + URL + b" HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+    head = (
+        b"POST " + URL + b" HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+    )
     chunk = b"100000\r\n" + b" " * (1 << 20) + b"\r\n"
     answer = raw(tiny.port, head, *[chunk] * 40)  # more than twice what a body may have
     assert answer.closed and answer.status in (0, 413)

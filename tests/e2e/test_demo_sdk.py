@@ -159,10 +159,12 @@ def test_without_a_seed_answers_differ(client: OpenAI) -> None:
 def test_the_second_request_finds_its_prompt_in_the_cache(client: OpenAI, demo: ServerProcess) -> None:
     prompt = "A list of the rivers of Europe, from the longest to the shortest: " + "the Volga, the Danube, " * 12
     answers = [client.completions.create(prompt=prompt, max_tokens=12, **GREEDY) for _ in range(2)]
+    salted: Any = {"cache_salt": "another tenant"}
+    answers.append(client.completions.create(prompt=prompt, max_tokens=12, **GREEDY, extra_body=salted))
     details = [answer.usage.prompt_tokens_details for answer in answers if answer.usage is not None]
     cached = [detail.cached_tokens for detail in details if detail is not None]
-    assert cached == [0, len(ids_of(demo, prompt)) // 16 * 16]
-    assert answers[0].choices[0].text == answers[1].choices[0].text
+    assert cached == [0, len(ids_of(demo, prompt)) // 16 * 16, 0]
+    assert len({answer.choices[0].text for answer in answers}) == 1
 
 
 # ---- log-probabilities -----------------------------------------------------------------------------------

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+import socket
 from typing import Any
 
 import httpx
@@ -10,8 +13,8 @@ import openai
 import pytest
 from openai import OpenAI
 
-from tests.e2e.process import ServerProcess
-from tests.e2e.wire import Json, assert_idle, get
+from tests.e2e.process import ServerProcess, wait_until
+from tests.e2e.wire import Json, assert_idle, check_error, get, http_request, raw
 
 RIGHT = {"authorization": "Bearer sk-right"}
 
@@ -66,3 +69,15 @@ def test_a_server_with_a_key(keyed: ServerProcess) -> None:
     assert get(keyed.url, "/v1/models").headers["www-authenticate"] == "Bearer"
     assert get(keyed.url, "/health").status_code == 200
     assert "YOUR_API_KEY" in keyed.output and "sk-right" not in keyed.output + keyed.log
+
+
+def test_a_server_with_enough_connections(keyed: ServerProcess) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(40):
+            stack.enter_context(socket.create_connection(("127.0.0.1", keyed.port)))
+        refused = raw(keyed.port, b"")
+        assert (refused.status, refused.closed) == (503, True) and int(refused.headers["retry-after"]) >= 1
+        assert check_error(json.loads(refused.body))["code"] == "overloaded"
+    wait_until(
+        lambda: raw(keyed.port, http_request(b"", "/health", "GET")).status == 200, "connections to be free again"
+    )
