@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from server.errors import ApiError
+from server.errors import ApiError, unavailable
 from server.lifecycle import Lifecycle
 from server.service import Service
 from server.settings import Settings
@@ -104,7 +104,7 @@ class BoundedProtocol(H11Protocol):
         super().connection_made(transport)
         self._watch_headers()
         if len(self.connections) > self.max_connections:
-            self._refuse(ApiError(503, "The server has too many connections; please retry.", code="overloaded"))
+            self._refuse(unavailable("The server has too many connections; please retry.", "overloaded"))
 
     def data_received(self, data: bytes) -> None:
         if not self.transport.is_closing():
@@ -142,10 +142,11 @@ class BoundedProtocol(H11Protocol):
 
     def _refuse(self, error: ApiError) -> None:
         body = msgspec.json.encode(error.body())
-        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+        headers |= error.headers or {}
         with contextlib.suppress(h11.LocalProtocolError):  # a response is under way already: just hang up
             for event in (
-                h11.Response(status_code=error.status_code, headers=headers),
+                h11.Response(status_code=error.status_code, headers=list(headers.items())),
                 h11.Data(body),
                 h11.EndOfMessage(),
             ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import threading
@@ -42,7 +43,10 @@ class StartupTable:
             self._print(curl(self._url, self._models[0], needs_key=self._needs_key))
 
     def _print(self, line: str) -> None:
-        print(line, file=self._out, flush=True)
+        try:
+            print(line, file=self._out, flush=True)
+        except BrokenPipeError:  # who read it has gone, as in `slipstream serve | head`; the server goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
 
 
 def base_url(host: str, port: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 5.0  # from asking a process to leave to killing it
 CHECK_SECONDS = 30.0  # how long `check` waits for the step under way
+LONGEST_PARENT = 70  # bytes of the path around the socket directory; the path of a socket has at most 107
 DRAIN_SECONDS = 0.1  # how long a dead process's last messages may take to come out of the socket
 # -P and the explicit root: the process must import the same package as we did, never one of the current directory.
 _COMMAND = "import sys; sys.path.append(sys.argv[1]); from engine.cluster.process import main; sys.exit(main())"
@@ -53,6 +55,13 @@ class Listeners:
     on_phase: Callable[[Phase], None]
     on_report: Callable[[StepReport], None]
     on_exit: Callable[[SlipstreamError], None]
+
+
+def _socket_directory() -> Path:
+    """A new directory of mode 0700: nobody else may talk to the engine. A long TMPDIR gives way to /tmp."""
+    parent = tempfile.gettempdir()
+    too_long = len(os.fsencode(parent)) > LONGEST_PARENT
+    return Path(tempfile.mkdtemp(prefix="slipstream-", dir="/tmp" if too_long else parent))
 
 
 class EngineClient:
@@ -77,7 +86,7 @@ class EngineClient:
     @classmethod
     async def launch(cls, config: EngineConfig, worker: str, listeners: Listeners) -> EngineClient:
         """Start a process, which imports `worker` (see Boot) and then waits for `load`."""
-        directory = Path(tempfile.mkdtemp(prefix="slipstream-"))  # mode 0700: nobody else may talk to the engine
+        directory = _socket_directory()
         channel = None
         try:
             channel = FrontChannel(directory)
