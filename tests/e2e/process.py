@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -62,22 +62,23 @@ def free_port() -> int:
 class ServerProcess:
     """`slipstream serve` with `arguments`. As a context manager it is killed at the end if it still runs.
 
-    It gets a temporary directory of its own, so that what it leaves there can be seen.
+    It gets a temporary directory of its own, so that what it leaves there can be seen; `temporary` is its name.
+    With `unread`, its output goes into a pipe that nobody reads any more.
     """
 
-    def __init__(self, *arguments: str, port: int = 0) -> None:
+    def __init__(self, *arguments: str, port: int = 0, temporary: str = "tmp", unread: bool = False) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="e2e-")
-        self.temporary = Path(self._folder.name, "tmp")
+        self.temporary = Path(self._folder.name, temporary)
         self.temporary.mkdir()
         self._out, self._err = Path(self._folder.name, "out"), Path(self._folder.name, "err")
         self.url = f"http://127.0.0.1:{port}" if port else ""
-        with self._out.open("wb") as out, self._err.open("wb") as err:
+        with self._out.open("wb") as out, self._err.open("wb") as err, _unread_pipe() as pipe:
             self._process = subprocess.Popen(
                 [*COMMAND, "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)],
                 cwd=ROOT,
                 env=_environment(self.temporary),
                 stdin=subprocess.DEVNULL,
-                stdout=out,
+                stdout=pipe if unread else out,
                 stderr=err,
                 start_new_session=True,
             )
@@ -103,17 +104,22 @@ class ServerProcess:
         return pid
 
     def wait_ready(self) -> ServerProcess:
-        """Wait for the start-up table to end, then for /ready."""
+        """Wait for /ready, and before it for the start-up table if that alone knows the port."""
 
-        def printed() -> bool:
+        def told_where() -> bool:
             assert self._process.poll() is None, f"the server ended with {self._process.returncode}:\n{self.log}"
-            return "\ncurl " in self.output
+            found = re.search(r" at (http://127\.0\.0\.1:\d+)/v1 [^\0]*\ncurl ", self.output)
+            self.url = self.url or (found[1] if found is not None else "")
+            return bool(self.url)
 
-        wait_until(printed, f"the start-up table; so far:\n{self.output}\n{self.log}", START_SECONDS)
-        found = re.search(r" at (http://127\.0\.0\.1:\d+)/v1 ", self.output)
-        assert found is not None, self.output
-        self.url = found[1]
-        wait_until(lambda: httpx.get(f"{self.url}/ready", timeout=10).status_code == 200, "/ready", 10)
+        def ready() -> bool:
+            try:
+                return told_where() and httpx.get(f"{self.url}/ready", timeout=10).status_code == 200
+            except httpx.ConnectError:
+                return False
+
+        wait_until(told_where, "the start-up table", START_SECONDS)
+        wait_until(ready, "/ready", START_SECONDS)
         return self
 
     def send(self, number: signal.Signals, *, group: bool = False) -> None:
@@ -130,7 +136,7 @@ class ServerProcess:
         return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and _carries(entry, mark)]
 
     def assert_gone(self) -> None:
-        """No process that it has started is left, and no directory or socket of it; torch makes a directory of its own."""
+        """No process that it has started is left, and no socket or directory of its own (torch leaves one)."""
         wait_until(lambda: not self.processes(), "the end of every process that the server has started", 10)
         wait_until(lambda: not self.left_over(), f"{self.temporary} to be cleared", 10)
 
@@ -158,6 +164,17 @@ class ServerProcess:
                 os.kill(pid, signal.SIGKILL)
         self._process.wait(10)
         self._folder.cleanup()
+
+
+@contextlib.contextmanager
+def _unread_pipe() -> Iterator[int]:
+    """The end to write to of a pipe that has no other end."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        yield write
+    finally:
+        os.close(write)
 
 
 def _environment(temporary: Path) -> dict[str, str]:

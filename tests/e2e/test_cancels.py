@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 from dataclasses import dataclass
 
 import httpx
 import pytest
 
 from tests.e2e.process import ServerProcess
-from tests.e2e.wire import Json, assert_idle, complete, post
+from tests.e2e.wire import Json, assert_idle, complete, get, post
 
 REQUESTS = 200
 AT_ONCE = 40
@@ -81,6 +82,14 @@ async def storm(url: str, plan: list[Visit], prompt: str, expected: str) -> list
     return [task.result() for task in tasks]
 
 
+def aborted(url: str) -> float:
+    """Requests that were cancelled since start."""
+    page = get(url, "/metrics").text
+    found = re.search(r'^vllm:request_success_total\{.*finished_reason="abort".*\} (\S+)$', page, re.MULTILINE)
+    assert found is not None
+    return float(found[1])
+
+
 @pytest.mark.parametrize(
     ("name", "prompt", "words", "longest", "patience"),
     [
@@ -94,10 +103,12 @@ def test_two_hundred_clients_that_leave(
     server: ServerProcess = request.getfixturevalue(name)
     engine, before = server.engine_pid, complete(server.url, prompt)
     plan = visits(random.Random(5), words, longest, patience)
+    already = aborted(server.url)
     answers = asyncio.run(storm(server.url, plan, prompt, before))
     left = answers.count(None)
     assert REQUESTS // 4 < left < REQUESTS
     assert_idle(server.url)
+    assert aborted(server.url) - already >= left // 2  # the others left before they were heard or after their answer
     assert server.engine_pid == engine
     assert complete(server.url, prompt) == before
     stayed = [

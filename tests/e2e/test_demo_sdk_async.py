@@ -87,6 +87,7 @@ async def test_streams_that_are_left_leave_nothing(demo: ServerProcess) -> None:
             messages=[{"role": "user", "content": f"Write a long story about the number {count}."}],
             model="demo",
             stream=True,
+            extra_body={"ignore_eos": True},  # thousands of tokens: only a cancel ends it within the time of this test
         )
         async with stream:
             async for _ in stream:
@@ -99,6 +100,19 @@ async def test_streams_that_are_left_leave_nothing(demo: ServerProcess) -> None:
         await asyncio.gather(*(leave_after(client, count) for count in range(6)))
         assert_idle(demo.url)
         assert before == complete(demo.url, "The sun rises in the east and")
+
+
+@pytest.mark.parametrize("prompt", ["😀😁😂🤣😃😄😅", "日本語の文章です。東京は日本の", "Привет, как дела? Я"])
+async def test_characters_of_several_tokens_come_whole(demo: ServerProcess, prompt: str) -> None:
+    asked: Any = {**GREEDY, "prompt": prompt, "max_tokens": 24, "logprobs": 0}
+    async with connected(demo, strict=False) as client:
+        whole = (await client.completions.create(**asked)).choices[0]
+        chunks = [chunk.choices[0] async for chunk in await client.completions.create(**asked, stream=True)]
+    assert "\ufffd" in "".join((whole.logprobs and whole.logprobs.tokens) or ())  # tokens that are parts of characters
+    assert not any("\ufffd" in chunk.text for chunk in chunks[:-1])
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    offsets = [at for chunk in chunks for at in (chunk.logprobs and chunk.logprobs.text_offset) or ()]
+    assert whole.logprobs is not None and offsets == whole.logprobs.text_offset and len(offsets) == 24
 
 
 async def test_typed_errors_and_time_limits(demo: ServerProcess) -> None:
