@@ -167,6 +167,7 @@ BAD_JSON = {
     "an integer of 5,000 digits": b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
     "a float of 5,000 digits": b'{"prompt": "a", "temperature": 0.' + b"9" * 5000 + b"e400}",
     "100,000 arrays deep": b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "65 arrays deep in a field that nobody reads": b'{"prompt": "a", "user": ' + b"[" * 65 + b"]" * 65 + b"}",
     "100,000 objects deep": b'{"metadata":' * 100_000 + b"1" + b"}" * 100_000,
     "100,000 deep and open": b"[" * 100_000,
     "a million empty arrays": b'{"prompt": [' + b"[]," * 1_000_000 + b"[]]}",
