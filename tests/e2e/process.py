@@ -179,7 +179,7 @@ def _unread_pipe() -> Iterator[int]:
 
 def _environment(temporary: Path) -> dict[str, str]:
     """A user's: without what `tests/conftest.py` and torch itself set in the process of the tests."""
-    ours = ("OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM", "TORCHINDUCTOR_CACHE_DIR")
+    ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "TOKENIZERS_PARALLELISM", "TORCHINDUCTOR_CACHE_DIR")
     return {**{k: v for k, v in os.environ.items() if k not in ours}, "TMPDIR": str(temporary)}
 
 

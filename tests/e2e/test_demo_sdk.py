@@ -225,9 +225,9 @@ def test_echo_scores_a_prompt_as_lm_eval_asks(lenient: OpenAI, demo: ServerProce
         assert scores.token_logprobs[0] is None and scores.top_logprobs[0] is None
         scored = scores.token_logprobs[len(prompt) : len(ids)]
         assert scored == pytest.approx(generated.logprobs.token_logprobs, abs=2e-2)
-        assert [text[at:].startswith(token) for at, token in zip(scores.text_offset, scores.tokens, strict=True)][
-            : len(ids)
-        ] == [True] * len(ids)
+        *starts, last = scores.text_offset[: len(ids) + 1]
+        assert all(choice.text.startswith(token, at) for at, token in zip(starts, scores.tokens, strict=False))
+        assert last == len(text) if max_tokens else choice.text.startswith(scores.tokens[-1], last)
         assert answer.usage is not None and answer.usage.completion_tokens == max_tokens
 
 
