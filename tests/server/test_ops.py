@@ -78,3 +78,11 @@ async def test_openapi_matches_its_snapshot() -> None:
         pytest.fail("the snapshot was missing and has been written")
     assert schema == json.loads(SNAPSHOT.read_text())
     assert "422" not in SNAPSHOT.read_text()
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/version", "/metrics"])
+async def test_probes_may_use_head(path: str) -> None:
+    async with serving(FakeEngine()) as client:
+        seen, asked = await client.get(path), await client.head(path)
+    assert asked.status_code == seen.status_code == 200
+    assert asked.headers["content-type"] == seen.headers["content-type"]
