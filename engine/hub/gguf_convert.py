@@ -18,7 +18,7 @@ from engine.hub.gguf_tokenizer import Vocabulary, build_tokenizer, read_vocabula
 from engine.hub.safetensors_writer import Float32, check_safetensors, write_safetensors
 
 CONVERTER_VERSION = 1  # raise it when the output for the same file changes
-_EDGE = 1 << 20
+_SAMPLES, _SAMPLE = 64, 1 << 16  # pieces of a GGUF file that tell it apart, bytes of each
 _STALE_SECONDS = 6 * 3600
 
 
@@ -108,13 +108,16 @@ def _write_json(path: Path, data: dict[str, object]) -> None:
 
 
 def _cache_key(path: Path) -> str:
-    """A short hash of the file's size, time, first and last mebibyte, and of the converter's version."""
-    status = path.stat()
-    digest = hashlib.sha256(f"{CONVERTER_VERSION} {status.st_size} {status.st_mtime_ns}".encode())
+    """A short hash of the file's size, of samples from all over it, and of the converter's version.
+
+    Not of its time: a package that is installed again brings the same model with a new one.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(f"{CONVERTER_VERSION} {size}".encode())
     with path.open("rb") as file:
-        digest.update(file.read(_EDGE))
-        file.seek(max(0, status.st_size - _EDGE))
-        digest.update(file.read(_EDGE))
+        for i in range(_SAMPLES):
+            file.seek(i * max(0, size - _SAMPLE) // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE))
     return digest.hexdigest()[:16]
 
 
