@@ -18,6 +18,7 @@ from typing import cast
 
 import msgspec
 
+from engine.cluster.process import prepare_threads
 from engine.config import EngineConfig, load
 from engine.core import EngineCore
 from engine.errors import ConfigError
@@ -132,6 +133,7 @@ def main(arguments: Sequence[str]) -> int:
     config_path, cache_dir = arguments
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     config = load(config_path).engines()[0]
+    prepare_threads(config)  # as an engine process does, and as early: torch is imported with the worker
     folder = resolve(config.model.path, Path(cache_dir).expanduser())
     core = EngineCore(TimedWorker(config, folder, _ignore), config)
     _complete(core, Order([[0]], 1), "warm-up")

@@ -50,8 +50,6 @@ module.AsyncEngine = functools.partial(module.AsyncEngine, worker={TIMED_WORKER!
 from server.cli import main
 sys.exit(main())
 """
-# The engine process gives OpenMP this default before it loads torch; the lone core has to run under the same one.
-_LIKE_ENGINE = 'export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"; exec "$@"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +93,7 @@ class LoneCore:
         command = [sys.executable, "-m", "benchmarks.engine_steps", str(config), str(cache_dir)]
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
-                ["sh", "-c", _LIKE_ENGINE, "sh", *command],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

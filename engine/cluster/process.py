@@ -46,7 +46,7 @@ def main() -> int:
     stdin = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115  # stays open as long as the process lives
     boot = msgspec.json.decode(stdin.readline(), type=Boot)
     directory = Path(boot.directory)
-    _prepare_threads(boot.config)
+    prepare_threads(boot.config)
     channel = EngineChannel(directory)
     pulse = Pulse(channel)
     pulse.start()
@@ -143,7 +143,7 @@ def _worker_factory(name: str) -> WorkerFactory:
     return cast("WorkerFactory", resolve(table, key, "worker"))
 
 
-def _prepare_threads(config: EngineConfig) -> None:
+def prepare_threads(config: EngineConfig) -> None:
     """OpenMP reads these once, when torch is imported; what the user has set wins."""
     # Threads that spin at a barrier starve their neighbours on a small machine, this server's own front process
     # among them: a step took 5 to 10 times longer beside one busy core. A spin of microseconds is worth having.
