@@ -16,7 +16,10 @@ import yaml
 
 from engine.errors import ConfigError
 
-QUANTS = ("none", "fp16")
+QUANTS = ("auto", "none", "fp16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("safetensors", "dummy")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -35,6 +38,26 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _choice(key: str, value: str, known: tuple[str, ...]) -> None:
+    _require(value in known, f"models.{key}: {value!r} is not one of {', '.join(known)}")
+
+
+@dataclass(frozen=True, slots=True)
+class DraftConfig:
+    """Who drafts for a model that is served by a speculative pipeline."""
+
+    drafter: str = "ngram"
+    max_draft: int = 8  # most tokens of one draft; requests may ask for fewer
+
+    def __post_init__(self) -> None:
+        _require(0 < self.max_draft <= 64, f"models.draft.max_draft: {self.max_draft} is not in 1 to 64")
+
+
+@dataclass(frozen=True, slots=True)
+class VerifierConfig:
+    name: str = "strict"
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """One served model, run by one engine process."""
@@ -42,13 +65,26 @@ class ModelConfig:
     path: str = "demo"  # Hugging Face folder, GGUF file, hub id, or "demo"
     id: str = ""  # name in the API; default: last part of the path
     pipeline: str = "autoregressive"
-    quant: str = "fp16"  # CPU linears: fp16-packed weights with fp32 activations, or none (exact fp32)
-    attention: str = "sdpa"
+    device: str = "auto"  # cpu, cuda or cuda:N; auto: cuda where there is one
+    dtype: str = "auto"  # of weights, activations and KV; auto: float32 on a CPU, else the checkpoint's own 16 bits
+    # CPU linears: fp16-packed weights with fp32 activations, or none (exact); auto: fp16 on a CPU with float32, else none
+    quant: str = "auto"
+    attention: str = "auto"  # a name in registry.ATTENTION; auto: the fastest that runs on the device
+    load_format: str = "safetensors"  # dummy: random weights of the configuration's shape, to measure with
     memory_share: float = 1.0  # of the memory that the engine processes of this server may use together
     max_model_len: int | None = None  # default: what the model declares, cut to what the KV pool can hold
+    draft: DraftConfig | None = None
+    verifier: VerifierConfig = VerifierConfig()
 
     def __post_init__(self) -> None:
-        _require(self.quant in QUANTS, f"models.quant: {self.quant!r} is not one of {', '.join(QUANTS)}")
+        speculative = self.pipeline == "speculative"
+        _require(speculative or self.draft is None, f"models.draft: the pipeline {self.pipeline!r} does not draft")
+        _require(not speculative or self.draft is not None, "models.draft: the speculative pipeline needs a drafter")
+        _choice("quant", self.quant, QUANTS)
+        _choice("dtype", self.dtype, DTYPES)
+        _choice("load_format", self.load_format, LOAD_FORMATS)
+        known = "auto, cpu, cuda, cuda:N"
+        _require(bool(_DEVICE.fullmatch(self.device)), f"models.device: {self.device!r} is not one of {known}")
         _require(0 < self.memory_share <= 1, f"models.memory_share: {self.memory_share} is not in (0, 1]")
         _require(self.max_model_len is None or self.max_model_len > 1, "models.max_model_len: must be above 1")
 

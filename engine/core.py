@@ -84,6 +84,8 @@ class EngineCore:
             return False
         try:
             handle = self._worker.submit(plan)
+        except EngineDead:  # the worker knows that no step will work again
+            raise
         except Exception as error:  # whatever it was, it ends this step and not the engine
             while self._in_flight:  # the scheduler hears of steps in their order
                 self._collect(updates)
@@ -96,6 +98,8 @@ class EngineCore:
         plan, handle = self._in_flight.popleft()
         try:
             output = handle.result()
+        except EngineDead:
+            raise
         except Exception as error:  # as in _submit
             self._fail(plan, error, updates)
             return
@@ -157,6 +161,7 @@ def _describe(error: Exception) -> str:
 
 def model_info(config: EngineConfig, capacity: Capacity, eos_ids: Iterable[int], created: int) -> ModelInfo:
     """What a front process knows of a model once its worker is ready; `created` is in unix seconds."""
+    draft = config.model.draft
     return ModelInfo(
         id=config.model.name,
         path=config.model.path,
@@ -166,6 +171,9 @@ def model_info(config: EngineConfig, capacity: Capacity, eos_ids: Iterable[int],
         block_size=capacity.block_size,
         num_blocks=capacity.num_blocks,
         created=created,
-        quant=config.model.quant,
+        quant=capacity.numerics or config.model.quant,
         pipeline=config.model.pipeline,
+        drafter="" if draft is None else draft.drafter,
+        max_draft=capacity.traits.lookahead if capacity.traits.drafts else 0,
+        verifier="" if draft is None else config.model.verifier.name,
     )

@@ -64,5 +64,9 @@ class StepFailed(SlipstreamError):
     """This one request failed inside the engine (for example NaN logits); others go on."""
 
 
+class DeviceOutOfMemory(SlipstreamError):
+    """A step needed more memory than its device had; its requests failed, the engine can go on."""
+
+
 class IntegrityError(SlipstreamError, AssertionError):
     """The engine's own books don't add up (a block freed twice, a step out of order): a bug, never a client's fault."""

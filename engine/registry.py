@@ -12,9 +12,17 @@ from engine.errors import ConfigError
 
 PIPELINES = {
     "autoregressive": "engine.pipelines.autoregressive:AutoregressivePipeline",
+    "speculative": "engine.pipelines.speculative:SpeculativePipeline",
 }
 ATTENTION = {
     "sdpa": "engine.attention.sdpa:SdpaAttention",
+    "paged_cpu": "engine.attention.paged_cpu:PagedCpuAttention",
+}
+DRAFTERS = {
+    "ngram": "engine.drafters.ngram:NgramDrafter",
+}
+VERIFIERS = {
+    "strict": "engine.verifiers.strict:StrictVerifier",
 }
 WORKERS = {
     "local": "engine.runtime.worker:LocalWorker",

@@ -56,6 +56,21 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculationParams:
+    """How a request wants to be drafted for. Under a lossless verifier none of it changes a token of the answer."""
+
+    enabled: bool = True  # where the model is served with a drafter
+    max_draft: int | None = None  # most drafted tokens of one round; None: the server's
+    report: bool = False  # put a SpeculationReport into the answer
+
+    def bound(self, most: int) -> int:
+        """Most tokens to draft for this request where the pipeline drafts at most `most`."""
+        if not self.enabled:
+            return 0
+        return most if self.max_draft is None else min(most, self.max_draft)
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One sequence to generate. A client's `n` choices are n requests of one `group` that differ in `choice`."""
 
@@ -68,6 +83,7 @@ class Request:
     priority: int = 0  # lower runs first, as in vLLM
     cache_salt: str = ""  # requests share cached prefixes only under the same salt
     arrival: float = 0.0
+    speculation: SpeculationParams = SpeculationParams()
 
 
 # ---- what the scheduler keeps and plans ------------------------------------------------------------------
@@ -77,6 +93,21 @@ class SequenceStatus(Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Survival:
+    """How a sequence's drafts fared lately: fading counts of drafted tokens that stood, and of rounds cut short."""
+
+    stood: float = 1.5
+    fell: float = 1.0
+    resting: int = 0  # steps since it was last allowed a draft
+    patience: int = 32  # so many steps without a draft end in a short one, to see whether times have changed
+
+    @property
+    def rate(self) -> float:
+        """Estimated chance that a drafted token stands, given that those before it do."""
+        return self.stood / (self.stood + self.fell)
 
 
 @dataclass(slots=True, eq=False)
@@ -102,6 +133,7 @@ class Sequence:
     limit: int = 0  # most tokens it may ever have: max_tokens, the context and the pool together
     stop_ids: frozenset[int] = frozenset()  # end-of-sequence and the client's stop ids
     rank: tuple[int, float, int] = (0, 0.0, 0)  # priority, arrival, order of coming: lower runs first
+    survival: Survival = field(default_factory=Survival)
     num_scored: int = 0  # prompt positions whose log-probabilities have been delivered
     cached_tokens: int = 0
     scheduled_at: float = 0.0
@@ -133,6 +165,7 @@ class DecodeTraits:
     lookahead: int = 0  # positions past the last committed token that one step may write
     chunkable: bool = True  # may a prompt be computed over several steps
     prefix_cacheable: bool = True  # is a full block's KV a pure function of the tokens up to its end
+    drafts: bool = False  # lookahead positions hold drafts: fewer of them, or none, give the same tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +251,9 @@ class Capacity:
     max_model_len: int
     vocab_size: int
     traits: DecodeTraits
+    # (tokens fed, seconds) of measured decode steps, rising; what drafts cost. Empty: not measured, drafts are free.
+    step_costs: tuple[tuple[int, float], ...] = ()
+    numerics: str = ""  # device, number types, packing, attention: what the last digits of a logit depend on
 
 
 # ---- what leaves the engine process ----------------------------------------------------------------------
@@ -237,6 +273,8 @@ class SeqUpdate:
     cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     scheduled_at: float = 0.0  # when it first left the queue
     preemptions: int = 0
+    drafted: int = 0  # tokens that this step's round drafted, and how many of those stood
+    accepted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +292,10 @@ class EngineStats:
     prefix_hits: int = 0  # tokens
     step_tokens: int = 0  # tokens fed in the last step
     step_seconds: float = 0.0  # wall time of the last step
+    spec_rounds: int = 0  # drafts that were verified: one per sequence and step with a draft
+    spec_drafted: int = 0  # tokens
+    spec_accepted: int = 0  # tokens
+    spec_accepted_at: tuple[int, ...] = ()  # tokens, by their position in the draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,8 +319,12 @@ class ModelInfo:
     block_size: int
     num_blocks: int
     created: int  # unix seconds
-    quant: str
+    quant: str  # as configured, or the worker's own `numerics`
     pipeline: str
+    drafter: str = ""  # empty: requests are never drafted for
+    max_draft: int = 0
+    verifier: str = ""
+    lossless: bool = True  # do drafted requests get tokens of the target's own law
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +345,16 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculationReport:
+    """What drafting did for one request, up to where its answer was cut. A round is a draft that was verified."""
+
+    rounds: int = 0
+    drafted: int = 0  # tokens
+    accepted: int = 0  # tokens
+    histogram: tuple[int, ...] = ()  # [a]: rounds in which a drafted tokens stood
+
+
+@dataclass(frozen=True, slots=True)
 class TokenEvent:
     """News of one request for its client. Over all events, texts concatenate to the answer.
 
@@ -316,6 +372,7 @@ class TokenEvent:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # first event only; [0] is None
     finish: FinishReason | None = None
     stop_reason: int | str | None = None
+    speculation: SpeculationReport | None = None  # with `finish`, where the request asks for it
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,11 +44,27 @@ def activation_bytes(config: EngineConfig, hidden: int, intermediate: int, vocab
     return 4 * (tokens * (8 * hidden + 4 * intermediate) + 4 * min(seqs, tokens) * vocab_size)
 
 
+def measured_budget(config: EngineConfig, total: int, free: int, own: int) -> int:
+    """What a pool without a wished size and one step may take of a device with `total` bytes, `free` of them free.
+
+    `own` is what this process holds already. A model's share counts its weights; what others hold stays theirs.
+    """
+    share = total * config.kv.utilization * config.model.memory_share
+    return int(min(share - own, free - total * (1 - config.kv.utilization)))
+
+
 def plan_pool(
-    config: EngineConfig, bytes_per_block: int, declared_len: int, available: int, reserve: int
+    config: EngineConfig,
+    bytes_per_block: int,
+    declared_len: int,
+    available: int,
+    reserve: int,
+    measured: int | None = None,
 ) -> tuple[int, int]:
     """(number of blocks, max_model_len) for a model that declares a context of `declared_len` tokens.
 
+    `available` bytes are free after the weights, `reserve` of them are for one step. `measured` is what a pool that
+    nobody gave a size takes; None is for a host's memory, which others need too: a share of it, and a limit.
     Without a wish in the configuration the context is cut to what one sequence can hold. With one, too little
     memory raises InsufficientMemory, which says how much is missing and which settings would fit.
     """
@@ -59,7 +75,9 @@ def plan_pool(
     length = wanted or declared_len
     one_sequence = -(-length // block_size) * bytes_per_block
     budget = config.kv.memory_bytes
-    if budget is None:
+    if budget is None and measured is not None:
+        budget = measured
+    elif budget is None:
         budget = int((available * config.kv.utilization - reserve) * config.model.memory_share)
         budget = min(budget, max(MEASURED_LIMIT, one_sequence))
     elif budget > available - reserve:

@@ -50,6 +50,24 @@ class SamplingState:
         parts = (self.allowed, self.bias, self._bans, self.counts)
         return bool(self._min_bans) or any(part is not None for part in parts)
 
+    def ahead(self, tokens: Sequence[int]) -> list[SamplingState]:
+        """The states before each of `tokens` and after the last, this very one first: what draws see if all stand."""
+        states = [self]
+        for token in tokens:
+            states.append(states[-1]._copy())
+            states[-1].push(token)
+        return states
+
+    def _copy(self) -> SamplingState:
+        new = object.__new__(SamplingState)
+        for name in self.__slots__:
+            setattr(new, name, getattr(self, name))
+        if self.counts is not None:
+            new.counts = self.counts.copy()
+        if self._bans is not None:
+            new._bans = self._bans.copy()
+        return new
+
     def push(self, token: int) -> None:
         self.position += 1
         self.num_outputs += 1
@@ -95,6 +113,11 @@ class BadWords:
         longest = max((len(word) - 1 for word in self._longer), default=0)
         self._tail = deque(prompt_ids[max(0, len(prompt_ids) - longest) :], maxlen=longest)
 
+    def copy(self) -> BadWords:
+        new = object.__new__(BadWords)
+        new._single, new._longer, new._tail = self._single, self._longer, self._tail.copy()
+        return new
+
     def push(self, token: int) -> None:
         self._tail.append(token)
 
@@ -117,6 +140,11 @@ class TokenCounts:
         self._ids = np.zeros(size, dtype=np.int64)
         self._ids[: len(self._slots)] = np.fromiter(self._slots, dtype=np.int64, count=len(self._slots))
         self._counts = np.zeros(size, dtype=np.float32)
+
+    def copy(self) -> TokenCounts:
+        new = object.__new__(TokenCounts)
+        new._slots, new._ids, new._counts = self._slots.copy(), self._ids.copy(), self._counts.copy()
+        return new
 
     def push(self, token: int) -> None:
         slot = self._slots.setdefault(token, len(self._slots))

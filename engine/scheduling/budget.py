@@ -56,41 +56,54 @@ def reserved(seq: Sequence) -> int:
     return bound
 
 
+class Want(NamedTuple):
+    """What a running sequence would like of a step: tokens to feed, then positions to write past them."""
+
+    todo: int
+    lookahead: int
+
+
 class StepBudget:
-    """Splits `max_batched_tokens` over one step's sequences, which must be offered shares in the order of `backlogs`.
+    """Splits `max_batched_tokens` over one step's sequences, which must be offered shares in the order of `wants`.
 
     Decodes are never starved by prefills: what all of them need is set aside first. Their lookahead shrinks to
     what is left, and to half of that while prompts wait, so that drafting never keeps a prompt out. Prompts get
     the rest, in chunks. A sequence that can't be chunked is planned whole; larger than the budget, it runs alone.
     """
 
-    def __init__(self, total: int, traits: DecodeTraits, backlogs: list[int], *, queued: bool) -> None:
-        """`backlogs`: what each running sequence has to feed; `queued`: could a waiting one start in this step?"""
+    def __init__(self, total: int, traits: DecodeTraits, wants: list[Want], *, queued: bool) -> None:
+        """`wants`: of each running sequence; `queued`: could a waiting one start in this step?"""
         self.left = total
         self._total = total
         self._chunkable = traits.chunkable
-        self._lookahead = traits.lookahead
+        self._bonus = int(traits.drafts)  # a round commits one token more than it drafts
         self._decode_limit = traits.lookahead + 1 if traits.chunkable else -1  # a longer backlog is a prefill
-        decodes = [todo for todo in backlogs if todo <= self._decode_limit]
-        if decodes and traits.lookahead:
-            spare = max(0, total - sum(decodes))
-            spare = spare // 2 if queued or len(decodes) < len(backlogs) else spare
-            self._lookahead = min(traits.lookahead, spare // len(decodes))
-        self._set_aside = min(total, sum(decodes) + len(decodes) * self._lookahead)
+        self._cap = traits.lookahead
+        decodes = [want for want in wants if want.todo <= self._decode_limit]
+        drafting = sum(want.lookahead > 0 for want in decodes)
+        if drafting:
+            spare = max(0, total - sum(want.todo for want in decodes))
+            spare = spare // 2 if queued or len(decodes) < len(wants) else spare
+            if sum(want.lookahead for want in decodes) > spare:
+                self._cap = spare // drafting
+        self._set_aside = min(total, sum(map(self._need, decodes)))
 
-    def offer(self, seq: Sequence, start: int, todo: int, *, pending: bool = False) -> Share | None:
-        """What the sequence may run from `start` with `todo` tokens to feed; None if nothing is left for it."""
+    def offer(self, seq: Sequence, start: int, want: Want, *, pending: bool = False) -> Share | None:
+        """What the sequence may run from `start`; None if nothing is left for it."""
+        todo = want.todo
         room = self.left - self._set_aside
-        complete = start + todo
+        wanted = max(0, min(want.lookahead, self._cap, seq.limit - start - todo - self._bonus))
         if not self._chunkable:
-            lookahead = min(self._lookahead, seq.limit - complete)
             alone = self.left == self._total
-            return Share(start, todo, lookahead, pending) if todo + lookahead <= room or alone else None
+            return Share(start, todo, wanted, pending) if todo + wanted <= room or alone else None
         feed = min(todo, room)
-        lookahead = min(self._lookahead, room - feed, seq.limit - complete)
+        lookahead = min(wanted, room - feed)
         return Share(start, feed, lookahead, pending) if feed >= 0 and feed + lookahead > 0 else None
 
-    def visit(self, todo: int) -> None:
+    def visit(self, want: Want) -> None:
         """A running sequence has its turn: what was set aside for it is free to be spent, by it or others."""
-        if todo <= self._decode_limit:
-            self._set_aside = max(0, self._set_aside - todo - self._lookahead)
+        if want.todo <= self._decode_limit:
+            self._set_aside = max(0, self._set_aside - self._need(want))
+
+    def _need(self, want: Want) -> int:
+        return want.todo + min(want.lookahead, self._cap)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from engine.config import SchedulerConfig
-from engine.scheduling.budget import Share, StepBudget, awaits_tokens, backlog
+from engine.scheduling.budget import Share, StepBudget, Want, awaits_tokens, backlog
+from engine.scheduling.drafting import DraftControl
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.roster import Roster
 from engine.types import Admission, Capacity, ScheduledSeq, Sequence, SequenceStatus
@@ -30,6 +31,7 @@ class Planner:
         self._kv = kv
         self._roster = roster
         self._clock = clock
+        self.drafting = DraftControl(capacity)
         self.prefix_queries = 0
         self.prefix_hits = 0
 
@@ -37,22 +39,29 @@ class Planner:
         """The items and admissions of the next step; `num_reserved` and `in_flight` count them from now on."""
         items: list[ScheduledSeq] = []
         admitted: list[Admission] = []
-        ready = [(seq, todo) for seq in self._roster.running if (todo := backlog(seq, self._traits)) is not None]
+        ready = self._wants()
         queued = len(self._roster.running) < self._max_running and self._roster.waiting.head() is not None
-        budget = StepBudget(self._total, self._traits, [todo for _, todo in ready], queued=queued)
+        budget = StepBudget(self._total, self._traits, [want for _, want in ready], queued=queued)
         if self._plan_running(ready, budget, items):
             while (seq := self._admit_head(budget, items)) is not None:
                 admitted.append(Admission(seq.request, tuple(seq.output_ids)))
         return tuple(items), tuple(admitted)
 
-    def _plan_running(self, ready: list[tuple[Sequence, int]], budget: StepBudget, items: list[ScheduledSeq]) -> bool:
+    def _wants(self) -> list[tuple[Sequence, Want]]:
+        """What each running sequence would like of this step; those that have to wait are left out."""
+        todos = [(seq, todo) for seq in self._roster.running if (todo := backlog(seq, self._traits)) is not None]
+        fed = min(self._total, sum(todo for _, todo in todos))
+        grants = self.drafting.grants((seq for seq, _ in todos), fed)
+        return [(seq, Want(todo, grant)) for (seq, todo), grant in zip(todos, grants, strict=True)]
+
+    def _plan_running(self, ready: list[tuple[Sequence, Want]], budget: StepBudget, items: list[ScheduledSeq]) -> bool:
         """Plan those that run already. False if memory was short: then nobody may be admitted in this step."""
         enough = True
-        for seq, todo in ready:
-            budget.visit(todo)
+        for seq, want in ready:
+            budget.visit(want)
             if seq.status is not SequenceStatus.RUNNING:  # preempted for one before it
                 continue
-            share = budget.offer(seq, seq.num_reserved, todo, pending=awaits_tokens(seq))
+            share = budget.offer(seq, seq.num_reserved, want, pending=awaits_tokens(seq))
             if share is None:
                 continue
             if not self._kv.grow(seq, share.start + share.feed + share.lookahead):
@@ -88,10 +97,11 @@ class Planner:
             return None
         found = self._kv.match(seq)
         start = len(found) * self._kv.block_size
-        share = budget.offer(seq, start, seq.num_tokens - start)
+        lookahead = self.drafting.bound(seq)
+        share = budget.offer(seq, start, Want(seq.num_tokens - start, lookahead))
         if share is None:
             return None
-        end = min(seq.num_tokens + self._traits.lookahead, seq.limit)
+        end = min(seq.num_tokens + lookahead, seq.limit)
         missing = self._kv.shortage(found, end) + (self._watermark if self._roster.running else 0)
         if missing > 0:
             self._push_out(seq, missing)

@@ -126,7 +126,7 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """Counters and levels as they are now; the times of a step are the engine core's to fill in."""
-        pool = self._kv.pool
+        pool, drafting = self._kv.pool, self._planner.drafting
         return EngineStats(
             steps=self._steps,
             running=len(self._roster.running),
@@ -137,6 +137,10 @@ class Scheduler:
             preemptions=self._roster.preemptions,
             prefix_queries=self._planner.prefix_queries,
             prefix_hits=self._planner.prefix_hits,
+            spec_rounds=drafting.rounds,
+            spec_drafted=drafting.drafted,
+            spec_accepted=drafting.accepted,
+            spec_accepted_at=tuple(drafting.accepted_at),
         )
 
     def check_integrity(self) -> None:
@@ -159,7 +163,10 @@ class Scheduler:
             return self._fail(seq, "the worker gave no result for this request")
         if result.error is not None:
             return self._fail(seq, result.error)
-        end = stops.cut(seq, result.new_tokens) if samples(seq, item) else stops.Cut(0)
+        end = stops.Cut(0)
+        if samples(seq, item):
+            self._planner.drafting.observe(seq, item, result)
+            end = stops.cut(seq, result.new_tokens)
         tokens = result.new_tokens[: end.kept]
         seq.output_ids.extend(tokens)
         seq.num_computed = min(result.num_computed, seq.num_tokens)
@@ -183,6 +190,8 @@ class Scheduler:
             seq.cached_tokens,
             seq.scheduled_at,
             seq.preemptions,
+            result.drafted,
+            result.accepted,
         )
 
     def _fail(self, seq: Sequence, error: str) -> SeqUpdate:

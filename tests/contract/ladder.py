@@ -6,24 +6,34 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from engine.config import EngineConfig, KVConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from engine.config import DraftConfig, EngineConfig, KVConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from engine.core import EngineCore
 from engine.protocols import StepHandle, Worker
 from engine.runtime.worker import LocalWorker
-from engine.types import Capacity, EngineStats, FinishReason, Request, SamplingParams, StepPlan, TokenLogprob
+from engine.types import (
+    Capacity,
+    EngineStats,
+    FinishReason,
+    Request,
+    SamplingParams,
+    SpeculationParams,
+    StepPlan,
+    TokenLogprob,
+)
 
 GAP = 1e-4  # logits closer than this may swap places under another order of summation
 
 
 @dataclass(frozen=True, slots=True)
-class SmallerWorker:
-    """The same worker with fewer blocks, so that one loaded model serves every rung."""
+class TestedWorker:
+    """The same worker with fewer blocks, so that one loaded model serves every rung; and with drafts free of cost."""
 
     worker: Worker
-    num_blocks: int
+    num_blocks: int | None
 
     def capacity(self) -> Capacity:
-        return replace(self.worker.capacity(), num_blocks=self.num_blocks)
+        capacity = replace(self.worker.capacity(), step_costs=())  # what is drafted must not hang on the clock
+        return capacity if self.num_blocks is None else replace(capacity, num_blocks=self.num_blocks)
 
     def submit(self, plan: StepPlan) -> StepHandle:
         return self.worker.submit(plan)
@@ -45,9 +55,22 @@ class Outcome:
     preemptions: int = 0
 
 
-def load_worker(folder: Path, quant: str = "none", memory: str = "64MiB", threads: int | None = None) -> LocalWorker:
-    """A worker over a checkpoint folder. Tiny models want one thread: waking a second costs more than it does."""
-    model, parallel = ModelConfig(path=str(folder), quant=quant), ParallelConfig(threads=threads)
+def load_worker(
+    folder: Path,
+    quant: str = "none",
+    memory: str = "64MiB",
+    threads: int | None = None,
+    draft: DraftConfig | None = None,
+    device: str = "cpu",
+    **options: str,
+) -> LocalWorker:
+    """A worker over a checkpoint folder. Tiny models want one thread: waking a second costs more than it does.
+
+    `options` are further keys of `models`, such as dtype and attention.
+    """
+    pipeline = "autoregressive" if draft is None else "speculative"
+    model = ModelConfig(str(folder), quant=quant, pipeline=pipeline, draft=draft, device=device, **options)  # type: ignore[arg-type]
+    parallel = ParallelConfig(threads=threads)
     config = EngineConfig(model=model, kv=KVConfig(memory=memory), parallel=parallel)
     return LocalWorker(config, folder, lambda _: None)
 
@@ -67,7 +90,7 @@ class Ladder:
     ) -> None:
         scheduler = SchedulerConfig(max_num_seqs=seqs, max_batched_tokens=chunk, lag=lag)
         config = EngineConfig(scheduler=scheduler, kv=KVConfig(prefix_cache=prefix_cache))
-        self._worker = worker if num_blocks is None else SmallerWorker(worker, num_blocks)
+        self._worker = TestedWorker(worker, num_blocks)
         self.core = EngineCore(self._worker, config, hash_seed=b"the same ladder.")
         self.stats = EngineStats()
 
@@ -98,9 +121,17 @@ class Ladder:
         return outcomes
 
 
-def request(name: str, prompt: Sequence[int], max_tokens: int = 24, choice: int = 0, **sampling: object) -> Request:
+def request(
+    name: str,
+    prompt: Sequence[int],
+    max_tokens: int = 24,
+    choice: int = 0,
+    speculation: SpeculationParams | None = None,
+    **sampling: object,
+) -> Request:
     params = SamplingParams(max_tokens=max_tokens, **sampling)  # type: ignore[arg-type]
-    return Request(id=name, prompt_ids=tuple(prompt), sampling=params, choice=choice)
+    wish = speculation or SpeculationParams()
+    return Request(id=name, prompt_ids=tuple(prompt), sampling=params, choice=choice, speculation=wish)
 
 
 def assert_same(expected: dict[str, Outcome], got: dict[str, Outcome]) -> int:

@@ -46,9 +46,10 @@ def make_scheduler(
     prefix_cache: bool = True,
     seqs: int = 8,
     budget: int = 64,
+    costs: tuple[tuple[int, float], ...] = (),
 ) -> Scheduler:
     """A scheduler over blocks of four tokens, with a clock that stands at 5 s."""
-    capacity = Capacity(blocks, 4, model_len or blocks * 4, VOCAB, traits or DecodeTraits())
+    capacity = Capacity(blocks, 4, model_len or blocks * 4, VOCAB, traits or DecodeTraits(), costs)
     config = SchedulerConfig(max_num_seqs=seqs, max_batched_tokens=budget)
     return Scheduler(capacity, config, prefix_cache=prefix_cache, hash_seed=SEED, clock=lambda: 5.0)
 
@@ -160,21 +161,23 @@ class AutoregressiveDevice:
 class SpeculativeDevice(AutoregressiveDevice):
     """Drafts up to `lookahead` tokens, of which 70 % are right, and always adds one token without KV."""
 
-    traits = DecodeTraits(lookahead=5)
+    traits = DecodeTraits(lookahead=5, drafts=True)
 
     def run(self, item: ScheduledSeq, state: State) -> SeqResult:
+        assert item.lookahead <= state.request.speculation.bound(self.traits.lookahead)
         end = self.feed(item, state)
         if end < len(state.tokens):
+            assert item.lookahead == 0, "drafts were granted to a prompt that is cut"
             return self.commit(state, [], end)
-        accepted = 0
-        while accepted < item.lookahead and self.rng.random() < 0.7:
+        drafted, accepted = self.rng.randint(0, item.lookahead), 0
+        while accepted < drafted and self.rng.random() < 0.7:
             accepted += 1
         tokens = [truth(state.request, end + index) for index in range(accepted + 1)]
         result = self.commit(state, tokens, end + accepted)
-        for index in range(item.lookahead):
+        for index in range(drafted):
             value = state.digest(end + index) if index < accepted else JUNK
             self.memory[self.slot(item, end + index)] = value
-        return result
+        return replace(result, drafted=drafted, accepted=accepted)
 
 
 class DiffusionDevice(AutoregressiveDevice):

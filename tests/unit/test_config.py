@@ -21,7 +21,9 @@ def written(tmp_path: Path, text: str) -> Path:
 
 def test_the_defaults_serve_the_demo_model() -> None:
     (engine,) = load().engines()
-    assert (engine.model.path, engine.model.name, engine.model.quant) == ("demo", "demo", "fp16")
+    model = engine.model
+    assert (model.path, model.name) == ("demo", "demo")
+    assert (model.device, model.dtype, model.quant, model.attention) == ("auto",) * 4
     assert load() == Config()
 
 
@@ -77,7 +79,11 @@ def test_overrides_work_without_a_file() -> None:
         ("models: demo", "models: expected a list, got str 'demo'"),
         ("models: [{path: 3}]", "models.0.path: expected str, got int 3"),
         ("models: [{path: a}, {path: b, quantt: none}]", "models.1.quantt: unknown key"),
-        ("models: [{quant: int3}]", "models.quant: 'int3' is not one of none, fp16"),
+        ("models: [{quant: int3}]", "models.quant: 'int3' is not one of auto, none, fp16"),
+        ("models: [{dtype: half}]", "models.dtype: 'half' is not one of auto, float32, bfloat16, float16"),
+        ("models: [{device: gpu}]", "models.device: 'gpu' is not one of auto, cpu, cuda, cuda:N"),
+        ("models: [{device: 'cuda:'}]", "models.device: 'cuda:' is not one of"),
+        ("models: [{load_format: pickle}]", "models.load_format: 'pickle' is not one of safetensors, dummy"),
         ("models: [{path: a}, {path: x/a}]", "two entries share one id: a, a"),
         ("models: [{path: a}, {path: b}]", "the memory shares add up to 2"),
         ("models: [{memory_share: 0}]", "models.memory_share: 0.0 is not in (0, 1]"),

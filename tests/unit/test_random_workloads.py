@@ -14,7 +14,16 @@ import pytest
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.roster import Roster
 from engine.scheduling.scheduler import Scheduler
-from engine.types import EngineStats, FinishReason, Request, ScheduledSeq, SeqResult, Sequence, SequenceStatus
+from engine.types import (
+    EngineStats,
+    FinishReason,
+    Request,
+    ScheduledSeq,
+    SeqResult,
+    Sequence,
+    SequenceStatus,
+    SpeculationParams,
+)
 from tests.unit.fakes import (
     AutoregressiveDevice,
     DiffusionDevice,
@@ -55,6 +64,7 @@ class Case:
             prefix_cache=rng.random() < 0.8,
             seqs=rng.choice((2, 6, 9)),
             budget=rng.choice((9, 30, 96)),
+            costs=rng.choice(((), ((1, 1.0), (8, 1.4), (64, 5.0)))),
         )
         driver = Driver(scheduler, self.device(blocks, rng), self.lag)
         requests = _requests(rng)
@@ -103,6 +113,7 @@ def _request(rng: random.Random, number: int, prompt: tuple[int, ...], choice: i
         min_tokens=rng.choice((0, 0, 3)),
         priority=rng.choice((0, 0, 0, 1, -1)),
         cache_salt=rng.choice(("", "", "a")),
+        speculation=SpeculationParams(enabled=rng.random() < 0.8, max_draft=rng.choice((None, None, 0, 2, 9))),
     )
     stop = truth(request, len(prompt) + rng.randint(0, 20))
     return make_request(
@@ -115,6 +126,7 @@ def _request(rng: random.Random, number: int, prompt: tuple[int, ...], choice: i
         min_tokens=request.sampling.min_tokens,
         priority=request.priority,
         cache_salt=request.cache_salt,
+        speculation=request.speculation,
         **rng.choice(({}, {"eos_ids": (stop,)}, {"stop_token_ids": (stop,)})),
     )
 

@@ -1,0 +1,115 @@
+"""What decoding pipelines keep of each request, and how a plan's items become the parts of a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from engine.runtime.batch import SeqInput
+from engine.runtime.sampler import SamplingState, prompt_logprobs
+from engine.types import ScheduledSeq, SeqResult, StepPlan, TokenLogprob
+
+FAILED = "the model's output for this request is not a number, or every token is banned"
+
+
+@dataclass(slots=True, eq=False)
+class SeqState:
+    """Device-side truth of one request: it may be a step ahead of what the scheduler knows."""
+
+    tokens: list[int]  # prompt and output
+    prompt_len: int
+    sampling: SamplingState
+    num_computed: int = 0
+
+    def commit(self, tokens: Sequence[int], num_computed: int) -> None:
+        """`tokens` follow the committed ones, and the KV of the first `num_computed` positions is final."""
+        self.num_computed = num_computed
+        self.tokens.extend(tokens)
+        for token in tokens:
+            self.sampling.push(token)
+
+
+@dataclass(slots=True, eq=False)
+class Share:
+    """One sequence's part of the running step: feed `ids`, committed tokens from position `start`, then `drafts`."""
+
+    item: ScheduledSeq
+    state: SeqState
+    start: int
+    ids: Sequence[int]
+    samples: bool  # the step reaches the end of its tokens
+    drafts: Sequence[int] = ()
+    scored: range = field(default_factory=lambda: range(0))  # its rows whose successor is a prompt token to report
+
+    @property
+    def end(self) -> int:
+        """Position after the fed committed tokens."""
+        return self.start + len(self.ids)
+
+    def input(self) -> SeqInput:
+        ids = [*self.ids, *self.drafts] if self.drafts else self.ids
+        return SeqInput(ids, self.start, self.item.block_ids, self.end + len(self.drafts))
+
+
+class StateTable:
+    """The states of all requests between `admitted` and `dropped`, by id."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, SeqState] = {}
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def enter(self, plan: StepPlan) -> None:
+        """Forget whom the plan drops, then take in whom it admits."""
+        for request_id in plan.dropped:
+            self._states.pop(request_id, None)
+        for admission in plan.admitted:
+            request = admission.request
+            tokens = [*request.prompt_ids, *admission.output_ids]
+            state = SeqState(tokens, len(request.prompt_ids), SamplingState(request, admission.output_ids))
+            self._states[request.id] = state
+
+    def shares(self, plan: StepPlan) -> tuple[list[Share], tuple[SeqResult, ...]]:
+        """The plan's items that have something to feed, and the results of those that have not.
+
+        With results a step late, a sequence whose draw failed is planned once more: it has nothing to feed.
+        """
+        shares, void = [], []
+        for item in plan.items:
+            state = self._states[item.request_id]
+            start = state.num_computed if item.pending else item.start
+            ids = state.tokens[start:] if item.pending else item.tokens
+            if not ids:
+                void.append(SeqResult(item.request_id, (), item.start, error=FAILED))
+                continue
+            share = Share(item, state, start, ids, start + len(ids) == len(state.tokens))
+            if state.sampling.sampling.prompt_logprobs is not None and start < state.prompt_len - 1:
+                share.scored = range(min(share.end, state.prompt_len - 1) - start)
+            shares.append(share)
+        return shares, tuple(void)
+
+
+def first_rows(inputs: Sequence[SeqInput]) -> list[int]:
+    """Where each input begins among the packed tokens."""
+    rows, row = [], 0
+    for item in inputs:
+        rows.append(row)
+        row += len(item.ids)
+    return rows
+
+
+def prompt_scores(shares: Sequence[Share], logits: torch.Tensor) -> dict[str, tuple[TokenLogprob, ...]]:
+    """Prompt log-probabilities by request; `logits` [rows, vocabulary] are those of all `scored` rows, in order."""
+    found, row = {}, 0
+    for share in shares:
+        if not share.scored:
+            continue
+        start, size = share.start, len(share.scored)
+        following = torch.tensor(share.state.tokens[start + 1 : start + 1 + size], device=logits.device)
+        wanted = share.state.sampling.sampling.prompt_logprobs or 0
+        found[share.item.request_id] = tuple(prompt_logprobs(logits[row : row + size], following, wanted))
+        row += size
+    return found

@@ -1,0 +1,76 @@
+"""The memory of the device that a model runs on: what a step needs at most, and how large the KV pool may be."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.config import EngineConfig
+from engine.runtime.batch import SeqInput
+from engine.runtime.loading import LoadedModel
+from engine.runtime.memory import activation_bytes, available_bytes, measured_budget, plan_pool
+from engine.runtime.runner import ModelRunner
+from engine.runtime.sampler import Sampler, SamplingState
+from engine.types import Request, SamplingParams
+
+# On CUDA, besides the largest step: captured graphs, the workspaces of libraries, and what the allocator can't reuse.
+GRAPHS = 1 << 29
+
+
+def size_pool(
+    config: EngineConfig, loaded: LoadedModel, bytes_per_block: int, lookahead: int = 0
+) -> tuple[int, int, str]:
+    """(blocks, tokens that one sequence may have, what a step's temporaries need in words). See `plan_pool`."""
+    device = loaded.placement.device
+    if device.type == "cpu":
+        text = loaded.adapter.config
+        intermediate = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+        reserve = activation_bytes(config, text.hidden_size, intermediate, loaded.adapter.vocab_size)
+        blocks, length = plan_pool(config, bytes_per_block, loaded.context_length, available_bytes(), reserve)
+        return blocks, length, f"{_mib(reserve)} kept for a step (estimated)"
+    reserve = step_peak(config, loaded, lookahead) + GRAPHS
+    free, total = torch.cuda.mem_get_info(device)
+    own = torch.cuda.memory_reserved(device)
+    measured = measured_budget(config, total, free, own) - reserve
+    blocks, length = plan_pool(config, bytes_per_block, loaded.context_length, free, reserve, measured)
+    return blocks, length, f"{_mib(reserve)} kept for a step (measured) and graphs, {_mib(free)} of {_mib(total)} free"
+
+
+def step_peak(config: EngineConfig, loaded: LoadedModel, lookahead: int) -> int:
+    """Bytes that the largest step takes on a CUDA device besides weights and pool, by running it."""
+    device = loaded.placement.device
+    rows = config.scheduler.max_num_seqs * (1 + lookahead)
+    tokens = max(config.scheduler.max_batched_tokens, rows)
+    runner = loaded.runner(-(-tokens // config.kv.block_size) + tokens // loaded.context_length, config.kv.block_size)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    largest_step(runner, tokens, rows, loaded.context_length)
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del runner
+    torch.cuda.empty_cache()
+    return peak
+
+
+@torch.inference_mode()
+def largest_step(runner: ModelRunner, tokens: int, rows: int, context_length: int) -> torch.Tensor:
+    """Feed `tokens` tokens and draw from `rows` of their logits, the dearest way; the drawn tokens [rows].
+
+    The logits of all tokens are asked for, as `prompt_logprobs` may. The pool needs a block more per sequence of
+    `context_length` tokens than the tokens fill.
+    """
+    inputs, block, size = [], 0, runner.cache.block_size
+    for start in range(0, tokens, context_length):
+        length = min(context_length, tokens - start)
+        blocks = range(block, block := block + -(-length // size))
+        inputs.append(SeqInput([0] * length, 0, blocks, length))
+    logits = runner.forward(inputs, range(tokens))
+    sampling = SamplingParams(
+        max_tokens=1, temperature=1.0, top_p=0.9, top_k=runner.vocab_size - 1, repetition_penalty=1.1, seed=1
+    )
+    states = [SamplingState(Request(str(row), (0,), sampling)) for row in range(rows)]
+    return Sampler(runner.vocab_size).sample(logits[:rows], states, [20] * rows).tokens
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
