@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from engine.errors import EngineDead, StepFailed
-from engine.types import FinishReason, ModelInfo, TokenEvent, Usage
+from engine.types import FinishReason, ModelInfo, SpeculationReport, TokenEvent, Usage
 from server.convert import Job
+from server.speculation import speculation_fields
 
 Fields = dict[str, object]
 T = TypeVar("T")
@@ -54,17 +55,35 @@ def finish_word(finish: FinishReason | None) -> str | None:
     return None if finish is None else finish.value
 
 
-class UsageMeter:
-    """Sums tokens over the choices of a job: every prompt once, the completions of all choices."""
+class Meter:
+    """Sums over the choices of a job: tokens (every prompt once, the completions of all) and what drafting did."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._latest: dict[int, Usage] = {}
+        self._unfinished = len(job.requests)
+        self._reports: list[SpeculationReport] = []
 
-    def note(self, index: int, usage: Usage) -> None:
-        self._latest[index] = usage
+    def note(self, index: int, event: TokenEvent) -> None:
+        self._latest[index] = event.usage
+        if event.finish is not None:
+            self._unfinished -= 1
+            if event.speculation is not None:
+                self._reports.append(event.speculation)
 
-    def total(self) -> Fields:
+    @property
+    def complete(self) -> bool:
+        """Has every choice ended?"""
+        return not self._unfinished
+
+    def speculation(self) -> Fields:
+        """The field of that name; nothing where it is not told."""
+        if not self._reports:
+            return {}
+        params = self._job.requests[0].speculation
+        return {"speculation": speculation_fields(self._job.engine.info, params, self._reports)}
+
+    def usage(self) -> Fields:
         prompt = sum(len(prompt.ids) for prompt in self._job.prompts)
         completion = 0 if self._job.score_only else sum(usage.completion_tokens for usage in self._latest.values())
         cached = sum(usage.cached_tokens for index, usage in self._latest.items() if index % self._job.n == 0)
@@ -79,7 +98,8 @@ class UsageMeter:
 
 def fingerprint(info: ModelInfo) -> str:
     """Changes when the same request might get another answer; tells nothing of paths."""
-    facts = (info.path, info.pipeline, info.quant, info.max_model_len, info.vocab_size, info.eos_ids)
+    drafting = () if info.lossless else (info.drafter, info.max_draft, info.verifier)
+    facts = (info.path, info.pipeline, info.quant, info.max_model_len, info.vocab_size, info.eos_ids, *drafting)
     return f"fp_{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
 
 
@@ -107,6 +127,7 @@ def join(events: Sequence[TokenEvent]) -> TokenEvent:
         prompt_logprobs=events[0].prompt_logprobs,
         finish=last.finish,
         stop_reason=last.stop_reason,
+        speculation=last.speculation,
     )
 
 
@@ -116,13 +137,14 @@ def whole_answer(job: Job, choices: Choices, events: Sequence[Sequence[TokenEven
     Raises StepFailed or EngineDead if a choice did not end well.
     """
     joined = [join(own) for own in events]
-    meter = UsageMeter(job)
+    meter = Meter(job)
     for index, event in enumerate(joined):
-        meter.note(index, event.usage)
+        meter.note(index, event)
     return {
         **head(job, choices.kind),
         "choices": [choices.whole(index, event) for index, event in enumerate(joined)],
-        "usage": meter.total(),
+        "usage": meter.usage(),
+        **meter.speculation(),
         **choices.extras(joined[0]),
     }
 

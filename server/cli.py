@@ -11,11 +11,14 @@ from typing import cast
 from engine.errors import ConfigError, SlipstreamError
 
 # name -> ("module:function", what it does). The function takes the remaining arguments and returns the exit code.
+# A name of two words is a group's: `slipstream bench` lists the group's commands.
 COMMANDS = {
     "serve": ("server.launch:serve", "start the server: slipstream serve [MODEL] [--config FILE]"),
     "chat": ("server.client:chat", "talk to a running server"),
     "complete": ("server.client:complete", 'print how a running server continues a text: slipstream complete "text"'),
     "print-config": ("server.launch:print_config", "print the configuration that `serve` would use"),
+    "bench serve": ("benchmarks.serve:main", "load any OpenAI-compatible server and measure what its users would see"),
+    "bench step": ("benchmarks.step:main", "time the engine's steps, without HTTP, beside what the machine allows"),
     "version": ("server.cli:version", "print the version"),
 }
 Command = Callable[[Sequence[str]], int]
@@ -25,11 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one sub-command. Exit codes: 0 fine, 1 failed, 2 wrong usage or configuration, 130 interrupted."""
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
     name = "version" if name == "--version" else name
+    group = name if any(command.startswith(f"{name} ") for command in COMMANDS) else ""
+    if group:
+        name, *rest = rest or [""]
     if name in ("-h", "--help", "help", ""):
-        print(_usage(), file=sys.stdout if name else sys.stderr)
+        print(_usage(group), file=sys.stdout if name else sys.stderr)
         return 0 if name else 2
+    name = f"{group} {name}".strip()
     if name not in COMMANDS:
-        print(f"slipstream: there is no command {name!r}\n\n{_usage()}", file=sys.stderr)
+        print(f"slipstream: there is no command {name!r}\n\n{_usage(group)}", file=sys.stderr)
         return 2
     try:
         return _resolve(COMMANDS[name][0])(rest)
@@ -54,10 +61,13 @@ def version(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(["usage: slipstream COMMAND ...", "", *lines, "", "slipstream COMMAND --help tells more."])
+def _usage(group: str = "") -> str:
+    """The commands of one group, or all of them."""
+    shown = {name: text for name, (_, text) in COMMANDS.items() if name.startswith(group and f"{group} ")}
+    width = max(map(len, shown))
+    command = f"slipstream {group}".strip() + " COMMAND"
+    lines = [f"  {name:<{width}}  {text}" for name, text in shown.items()]
+    return "\n".join([f"usage: {command} ...", "", *lines, "", f"{command} --help tells more."])
 
 
 def _resolve(target: str) -> Command:

@@ -15,6 +15,7 @@ from server.prompts import Prompt, check_limit, encode_messages, encode_prompts
 from server.schemas import CompletionBody, GenerationBody, default
 from server.schemas_chat import ChatBody
 from server.service import Service
+from server.speculation import speculation_params
 
 COMPLETION_MAX_TOKENS = 16
 
@@ -159,6 +160,7 @@ def _job(
     score_only: bool = False,
 ) -> Job:
     job_id, n = f"{prefix}-{secrets.token_hex(16)}", default(body.n, 1)
+    speculation = speculation_params(body.speculation, engine.info)
     requests = tuple(
         Request(
             id=f"{job_id}-{i * n + j}",
@@ -168,6 +170,7 @@ def _job(
             group=f"{job_id}-{i}" if n > 1 else "",
             priority=body.priority or 0,
             cache_salt=body.cache_salt or "",
+            speculation=speculation,
         )
         for i, prompt in enumerate(prompts)
         for j in range(n)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from enum import StrEnum
+from functools import partial
 
 from engine.types import Phase
 from server.contract import Engine, Metrics
@@ -106,6 +107,7 @@ class Lifecycle:
             for name, engine in self._engines.items():
                 await engine.start(self._note_phase)
                 engine.add_observer(self._metrics.observer(name, engine.info))
+                self._metrics.watch(name, partial(_is_healthy, engine))
         except Exception as error:
             log.debug("start-up failed: %s", error)  # `run` raises it, and the command says it
             self.failure, self.state = error, State.FAILED
@@ -119,3 +121,7 @@ class Lifecycle:
     def _note_phase(self, phase: Phase) -> None:
         self.phase = phase.name
         self._on_phase(phase)
+
+
+def _is_healthy(engine: Engine) -> bool:
+    return engine.health().ok

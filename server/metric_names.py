@@ -39,6 +39,12 @@ GAUGES: Final = {
     "slipstream:kv_blocks_cached": "Free KV blocks that still hold a reusable prefix.",
 }
 
+# Read from the engine whenever the page is made. Exposed once the engine has started.
+HEALTH: Final = (
+    "slipstream:engine_healthy",
+    "1 while the engine is alive and makes progress, else 0; as /health tells.",
+)
+
 COUNTERS: Final = {
     "vllm:prefix_cache_queries_total": "Prompt tokens looked up in the prefix cache.",
     "vllm:prefix_cache_hits_total": "Prompt tokens found in the prefix cache.",
@@ -53,6 +59,18 @@ COUNTERS: Final = {
     "vllm:generation_tokens_total": "Tokens generated.",
     "vllm:prompt_tokens_cached_total": "Prompt tokens that came from a cache.",
 }
+
+# Exposed for models that are served with a drafter, as in vLLM; the engine's totals, not those of answers.
+SPECULATION_COUNTERS: Final = {
+    "vllm:spec_decode_num_drafts_total": "Drafts that were verified: one per request and step with a draft.",
+    "vllm:spec_decode_num_draft_tokens_total": "Drafted tokens that were verified.",
+    "vllm:spec_decode_num_accepted_tokens_total": "Drafted tokens that stood.",
+}
+# One more label: `position`, from 0 up to the most that is drafted.
+ACCEPTED_BY_POSITION: Final = (
+    "vllm:spec_decode_num_accepted_tokens_per_pos_total",
+    "Drafted tokens that stood, by their position in the draft.",
+)
 
 # One more label, with every value it can have: all of them are exposed from the start.
 LABELLED_GAUGES: Final = {
@@ -92,8 +110,14 @@ HISTOGRAMS: Final[dict[str, tuple[str, tuple[float, ...]]]] = {
     "vllm:request_params_n": ("The n parameter.", (1, 2, 5, 10, 20)),
     "vllm:request_num_preemptions": ("Times a request was preempted.", (1, 2, 3, 4, 5, 10, 20)),
     "vllm:time_to_first_token_seconds": ("Arrival to first token.", FIRST_TOKEN_BUCKETS),
-    "vllm:inter_token_latency_seconds": ("Between the tokens of one request.", TOKEN_INTERVAL_BUCKETS),
-    "vllm:request_time_per_output_token_seconds": ("Mean per token after the first.", TOKEN_INTERVAL_BUCKETS),
+    "vllm:inter_token_latency_seconds": (
+        "Between two steps that brought tokens to a request, however many.",
+        TOKEN_INTERVAL_BUCKETS,
+    ),
+    "vllm:request_time_per_output_token_seconds": (
+        "Decode time of a request over its tokens after the first.",
+        TOKEN_INTERVAL_BUCKETS,
+    ),
     "vllm:e2e_request_latency_seconds": ("Arrival to last token.", LATENCY_BUCKETS),
     "vllm:request_queue_time_seconds": ("Arrival to first scheduled.", LATENCY_BUCKETS),
     "vllm:request_inference_time_seconds": ("First scheduled to last token.", LATENCY_BUCKETS),

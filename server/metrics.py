@@ -6,6 +6,8 @@ page. Label children are looked up once per model: an observer's call costs a fe
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -51,7 +53,11 @@ class Metrics:
             enable_prefix_caching=str(self._kv.prefix_cache),
             cache_dtype="auto",
         ).set(1)
-        return _ModelObserver(self._families, model_name, str(engine))
+        return _ModelObserver(self._families, model_name, str(engine), info.max_draft)
+
+    def watch(self, model_name: str, healthy: Callable[[], bool], engine: int = 0) -> None:
+        """Expose what `healthy` says at the time of each scrape."""
+        self._families.health.labels(model_name, str(engine)).set_function(lambda: float(healthy()))
 
     def observe_http(
         self, handler: str, method: str, status: int, seconds: float, request_bytes: int, response_bytes: int
@@ -71,6 +77,7 @@ class _Families:
     def __init__(self, registry: CollectorRegistry) -> None:
         labels = names.MODEL_LABELS
         self.gauges = {name: Gauge(name, text, labels, registry=registry) for name, text in names.GAUGES.items()}
+        self.health = Gauge(*names.HEALTH, labels, registry=registry)
         self.counters = {name: Counter(name, text, labels, registry=registry) for name, text in names.COUNTERS.items()}
         self.histograms = {
             name: Histogram(name, text, labels, buckets=buckets, registry=registry)
@@ -84,6 +91,10 @@ class _Families:
             name: Counter(name, text, (*labels, label), registry=registry)
             for name, (text, label, _) in names.LABELLED_COUNTERS.items()
         }
+        self.speculation = {
+            name: Counter(name, text, labels, registry=registry) for name, text in names.SPECULATION_COUNTERS.items()
+        }
+        self.accepted_at = Counter(*names.ACCEPTED_BY_POSITION, (*labels, "position"), registry=registry)
         self.rejections = Counter(
             "vllm:admission_rejections_total",
             "Requests refused because of load.",
@@ -104,7 +115,7 @@ class _Families:
 class _ModelObserver:
     """An `EngineObserver` that writes to one model's series."""
 
-    def __init__(self, families: _Families, model: str, engine: str) -> None:
+    def __init__(self, families: _Families, model: str, engine: str, max_draft: int = 0) -> None:
         self._gauges = {name: family.labels(model, engine) for name, family in families.gauges.items()}
         self._counters = {name: family.labels(model, engine) for name, family in families.counters.items()}
         self._histograms = {name: family.labels(model, engine) for name, family in families.histograms.items()}
@@ -123,6 +134,7 @@ class _ModelObserver:
         self._generated = self._counters["vllm:generation_tokens_total"]
         self._first_token = self._histograms["vllm:time_to_first_token_seconds"]
         self._between_tokens = self._histograms["vllm:inter_token_latency_seconds"]
+        self._speculation = _SpeculationCounters(families, model, engine, max_draft) if max_draft else None
         self._last = EngineStats()
         self._labelled_gauges["vllm:engine_sleep_state", "awake"].set(1)
 
@@ -143,6 +155,8 @@ class _ModelObserver:
         for prefix in ("vllm:", "vllm:gpu_"):
             self._advance(f"{prefix}prefix_cache_queries_total", stats.prefix_queries - last.prefix_queries)
             self._advance(f"{prefix}prefix_cache_hits_total", stats.prefix_hits - last.prefix_hits)
+        if self._speculation is not None and stats.spec_rounds > last.spec_rounds:
+            self._speculation.advance(stats, last)
         if stats.steps > last.steps:
             self._histograms["vllm:iteration_tokens_total"].observe(stats.step_tokens)
             self._histograms["slipstream:engine_step_seconds"].observe(stats.step_seconds)
@@ -192,6 +206,26 @@ class _ModelObserver:
     def _advance(self, counter: str, count: int) -> None:
         if count > 0:
             self._counters[counter].inc(count)
+
+
+class _SpeculationCounters:
+    """What came of drafting for one model; at most `max_draft` tokens are drafted in one round."""
+
+    def __init__(self, families: _Families, model: str, engine: str, max_draft: int) -> None:
+        drafts, drafted, accepted = (families.speculation[name] for name in names.SPECULATION_COUNTERS)
+        self._drafts = drafts.labels(model, engine)
+        self._drafted = drafted.labels(model, engine)
+        self._accepted = accepted.labels(model, engine)
+        self._accepted_at = [families.accepted_at.labels(model, engine, str(i)) for i in range(max_draft)]
+
+    def advance(self, stats: EngineStats, last: EngineStats) -> None:
+        """Count what is in `stats` and was not in `last`."""
+        self._drafts.inc(stats.spec_rounds - last.spec_rounds)
+        self._drafted.inc(max(0, stats.spec_drafted - last.spec_drafted))
+        self._accepted.inc(max(0, stats.spec_accepted - last.spec_accepted))
+        before = last.spec_accepted_at or (0,) * len(stats.spec_accepted_at)
+        for counter, now, then in zip(self._accepted_at, stats.spec_accepted_at, before, strict=False):
+            counter.inc(max(0, now - then))
 
 
 class _HttpMetrics:

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 MAX_LISTED = 1024  # entries of logit_bias, bad_words, stop_token_ids
 MAX_STOP_CHARS = 1024
+MAX_DRAFT = 1024  # that a request may name
 
 T = TypeVar("T")
 List = Annotated[list[T], Field(fail_fast=True)]
@@ -93,6 +94,29 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = None
 
 
+class Speculation(BaseModel):
+    """How to draft for this request. Under a lossless verifier it changes the speed of the answer, never its law."""
+
+    # Other knobs are refused by `speculation_params`, which knows what to say of them; null stays "not given".
+    model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"additionalProperties": False})
+
+    enabled: bool | None = Field(
+        None,
+        description="false: decode plainly. Default: true where the model is served with a drafter; without one,"
+        " true is an error.",
+    )
+    max_draft: Annotated[int, Field(ge=0, le=MAX_DRAFT)] | None = Field(
+        None,
+        description="Most tokens to draft in one round; 0 is off. The server's own bound holds too, and is the"
+        " default. Without a drafter, anything above 0 is an error.",
+    )
+    report: bool | None = Field(
+        None,
+        description="Put an object `speculation` into the answer, with verifier, lossy, rounds, drafted, accepted and"
+        " histogram.",
+    )
+
+
 class GenerationBody(Body):
     """The parameters that both generation endpoints share."""
 
@@ -123,6 +147,7 @@ class GenerationBody(Body):
     add_special_tokens: bool | None = None
     priority: Int32 | None = Field(None, description="Lower runs first.")
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    speculation: Speculation | None = None
 
 
 class CompletionBody(GenerationBody):

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from engine.errors import SlipstreamError
 from engine.types import TokenEvent
-from server.answers import Choices, Fields, UsageMeter, head, whole_answer
+from server.answers import Choices, Fields, Meter, head, whole_answer
 from server.contract import EventStream
 from server.convert import Job
 from server.errors import to_api_error
@@ -99,7 +99,7 @@ async def chunks(
             yield b"".join(opening)
         async for event in stream:
             index = job.index_of(event.request_id)
-            frame.meter.note(index, event.usage)
+            frame.meter.note(index, event)
             choice = choices.piece(index, event)
             if choice is not None:
                 yield frame.chunk([choice])
@@ -116,7 +116,7 @@ class Frame:
     """Puts choices into chunks."""
 
     def __init__(self, job: Job, choices: Choices, options: StreamOptions | None) -> None:
-        self.meter = UsageMeter(job)
+        self.meter = Meter(job)
         self.include_usage = bool(options and options.include_usage)
         self._continuous = bool(options and options.continuous_usage_stats)
         self._head = head(job, choices.chunk_kind)
@@ -134,12 +134,17 @@ class Frame:
         ]
 
     def chunk(self, choices: list[Fields], extras: Fields | None = None) -> bytes:
-        """Without choices it is the last chunk, which has the usage of the whole answer."""
+        """Without choices it is the last chunk, which has the usage of the whole answer.
+
+        The last chunk of a stream also has what drafting did for all choices, where that is told.
+        """
         fields: Fields = {**self._head, "choices": choices}
         if self._continuous or not choices:
-            fields["usage"] = self.meter.total()
+            fields["usage"] = self.meter.usage()
         elif self.include_usage:
             fields["usage"] = None
+        if self.meter.complete and self.include_usage is not bool(choices):
+            fields |= self.meter.speculation()
         return sse({**fields, **extras} if extras else fields)
 
 

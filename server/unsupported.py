@@ -16,7 +16,6 @@ _STRUCTURED = "structured output is not supported yet"
 _TOOLS = "tools are not supported yet"
 _SAMPLER = "this sampling method is not supported"
 _TEXT_ONLY = "only text goes in and out of this server"
-_PIPELINE = "the pipeline of this model has no such extension"
 
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("tools", "functions"), _TOOLS),
@@ -31,7 +30,7 @@ REFUSED: Mapping[str, str] = {
          "repetition_detection", "thinking_token_budget", "stop_regex"), _SAMPLER
     ),
     **dict.fromkeys(("audio", "prompt_embeds", "input_embeds", "mm_processor_kwargs", "multi_modal_data"), _TEXT_ONLY),
-    **dict.fromkeys(("speculation", "diffusion"), _PIPELINE),
+    "diffusion": "the pipeline of this model has no such extension",
     "truncate_prompt_tokens": "prompts are never cut; shorten it",
     "truncation_side": "prompts are never cut",
     "chat_template": "a template per request is not allowed; use chat_template_kwargs for its variables",

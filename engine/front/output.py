@@ -9,10 +9,37 @@ from engine.types import (
     Request,
     RequestSummary,
     SeqUpdate,
+    SpeculationReport,
     TokenEvent,
     TokenLogprob,
     Usage,
 )
+
+
+class Rounds:
+    """What drafting did for one request.
+
+    The tokens of a round are the drafted ones that stood, then the target's own. Where the answer ends inside a round,
+    drafted tokens behind its end do not count as accepted: `accepted` counts tokens of the answer, `drafted` all that
+    was verified for it.
+    """
+
+    def __init__(self) -> None:
+        self._drafted = 0
+        self._histogram: list[int] = []
+
+    def note(self, update: SeqUpdate, kept: int) -> None:
+        """`kept`: how many of the update's tokens belong to the answer."""
+        if not update.drafted:
+            return
+        self._drafted += update.drafted
+        stood = min(update.accepted, kept)
+        self._histogram.extend([0] * (stood + 1 - len(self._histogram)))
+        self._histogram[stood] += 1
+
+    def report(self) -> SpeculationReport:
+        accepted = sum(stood * rounds for stood, rounds in enumerate(self._histogram))
+        return SpeculationReport(sum(self._histogram), self._drafted, accepted, tuple(self._histogram))
 
 
 class RequestOutput:
@@ -25,6 +52,7 @@ class RequestOutput:
         self.last_news = request.arrival
         self.num_tokens = 0  # completion tokens that count
         self._detokenizer = Detokenizer(tokenizer, request.sampling, request.prompt_ids)
+        self._rounds = Rounds()
         self._prompt_logprobs: list[TokenLogprob] = []
         self._cached_tokens = 0
         self._preemptions = 0
@@ -47,6 +75,7 @@ class RequestOutput:
         )
         first = self.num_tokens == 0
         self.num_tokens += piece.num_tokens
+        self._rounds.note(update, piece.num_tokens)
         if piece.num_tokens:
             self._first_token_at = now if self._first_token_at is None else self._first_token_at
             self.last_news = now
@@ -63,6 +92,7 @@ class RequestOutput:
             prompt_logprobs=self._report_prompt() if first else None,
             finish=finish,
             stop_reason=piece.stop if piece.stop is not None else update.stop_token_id,
+            speculation=self._rounds.report() if finish and self.request.speculation.report else None,
         )
 
     def _note(self, update: SeqUpdate) -> None:
@@ -114,4 +144,5 @@ def merge(events: list[TokenEvent]) -> TokenEvent:
         prompt_logprobs=first.prompt_logprobs,
         finish=last.finish,
         stop_reason=last.stop_reason,
+        speculation=last.speculation,
     )

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from engine.types import ModelInfo
 from server.body import GuardedRoute
 from server.service import service_of
+from server.speculation import speculation_card
 
 router = APIRouter(route_class=GuardedRoute, tags=["models"])
 
@@ -34,5 +35,6 @@ def _card(info: ModelInfo) -> dict[str, object]:
         "root": info.id,
         "parent": None,
         "max_model_len": info.max_model_len,
+        "speculation": speculation_card(info),
         "permission": [],
     }

@@ -51,7 +51,10 @@ SAMPLING: dict[str, list[Any]] = {
     "guided_json": [{}, "{}"],
     "guided_regex": ["(a+)+$"],
     "tools": [[], [{"type": "function", "function": {"name": "f"}}]],
-    "speculation": [{"enabled": True}],
+    "speculation": [
+        {"enabled": True}, {"max_draft": 1}, {"max_draft": -1}, {"max_draft": 2**40}, {"report": 1}, {"verifier": "x"},
+        True, "on", [],
+    ],
     "best_of": [2, "1"],
 }  # fmt: skip
 

@@ -1,14 +1,15 @@
 """An engine without a model, for the HTTP side: real tokenizer, validation, detokenizer and event streams.
 
-Only the model is made up: each request gets scripted tokens, one per step, and a step happens whenever the event
-loop has nothing better to do, or when a test says `release`.
+Only the model is made up: each request gets scripted tokens, one per step or in drafted rounds, and a step happens
+whenever the event loop has nothing better to do, or when a test says `release`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
@@ -49,7 +50,10 @@ def make_tokenizer(*, template: str | None = TEMPLATE, bos: bool = False) -> Tok
 
 
 class FakeEngine:
-    """Speaks `server.contract.Engine`. `answer` makes the tokens of a request; EOS at their end is up to it."""
+    """Speaks `server.contract.Engine`. `answer` makes the tokens of a request; EOS at their end is up to it.
+
+    With `stands` it drafts 4 tokens a round, of which so many stand: in the first round, in the second, and around.
+    """
 
     def __init__(
         self,
@@ -58,9 +62,14 @@ class FakeEngine:
         answer: str | Sequence[int] | Callable[[Request], Sequence[int]] = "Hello, wörld!",
         tokenizer: Tokenizer | None = None,
         max_model_len: int = 512,
+        stands: Sequence[int] = (),
+        lossless: bool = True,
     ) -> None:
         self.tokenizer = tokenizer or make_tokenizer()
         self.info = ModelInfo(name, "/secret/path", max_model_len, VOCAB, (EOS,), 16, 100, 1_700_000_000, "fp16", "ar")
+        if stands:
+            self.info = replace(self.info, drafter="ngram", max_draft=4, verifier="strict", lossless=lossless)
+        self.stands = stands
         self.answer = answer
         self.observers: list[EngineObserver] = []
         self.in_flight = InFlight(self.observers)
@@ -132,28 +141,36 @@ class FakeEngine:
         self.aborted.extend(self.in_flight.drop(request_ids, 0.0))
 
     async def _generate(self, request: Request) -> None:
-        tokens = self.tokens_of(request)
-        for count, token in enumerate(itertools.islice(tokens, request.sampling.max_tokens), 1):
+        rest, first = self.tokens_of(request)[: request.sampling.max_tokens], True
+        for drafted, stood in self._rounds(request):
+            if not rest:
+                return
             await asyncio.sleep(0)
             await self.flowing.wait()
             if request.id not in self.in_flight:
                 return
-            stopped = token in request.sampling.stop_token_ids
-            ended = token == EOS and not request.sampling.ignore_eos
-            last = count == min(len(tokens), request.sampling.max_tokens)
-            finish = FinishReason.STOP if stopped or ended else FinishReason.LENGTH if last else None
+            tokens, rest = rest[: stood + 1], rest[stood + 1 :]
             update = SeqUpdate(
                 request.id,
-                (token,),
-                logprobs=self._scores((token,), request.sampling.logprobs),
+                tuple(tokens),
+                logprobs=self._scores(tokens, request.sampling.logprobs),
                 prompt_logprobs=self._scores(request.prompt_ids[1:], request.sampling.prompt_logprobs)
-                if count == 1
+                if first
                 else None,
-                finish=finish,
-                stop_token_id=token if stopped else None,
+                finish=None if rest else FinishReason.LENGTH,
                 cached_tokens=2,
+                drafted=drafted,
+                accepted=stood,
             )
-            self.aborted.extend(self.in_flight.take([update], 0.0))
+            first = False
+            self.aborted.extend(self.in_flight.take([_stopped(update, request)], 0.0))
+
+    def _rounds(self, request: Request) -> Iterator[tuple[int, int]]:
+        """How many tokens each step drafts, and how many of them stand; none in the first step, which is prefill."""
+        most = request.speculation.bound(self.info.max_draft)
+        yield 0, 0
+        for stood in itertools.cycle(self.stands or (0,)):
+            yield most, min(stood, most)
 
     def _scores(self, tokens: Sequence[int], count: int | None) -> tuple[TokenLogprob, ...] | None:
         """Every token is the most likely one, with its successors in the vocabulary behind it."""
@@ -164,3 +181,16 @@ class FakeEngine:
             top = tuple(((token + i) % VOCAB, self.token_logprob(token) - i) for i in range(count))
             scores.append(TokenLogprob(token, self.token_logprob(token), 1, top))
         return tuple(scores)
+
+
+def _stopped(update: SeqUpdate, request: Request) -> SeqUpdate:
+    """The update as the scheduler would send it: ended, and cut, behind the first token that stops the request."""
+    sampling = request.sampling
+    for i, token in enumerate(update.token_ids):
+        stopped = token in sampling.stop_token_ids
+        if stopped or (token == EOS and not sampling.ignore_eos):
+            scores = None if update.logprobs is None else update.logprobs[: i + 1]
+            stop_id = token if stopped else None
+            tokens = update.token_ids[: i + 1]
+            return replace(update, token_ids=tokens, logprobs=scores, finish=FinishReason.STOP, stop_token_id=stop_id)
+    return update

@@ -33,10 +33,19 @@ def test_help_names_every_command_and_imports_nothing_heavy(capsys: pytest.Captu
     assert not modules & {"argparse", "yaml", "httpx", "pydantic", "fastapi", "asyncio", "zmq"}
 
 
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if " " in name])
+def test_a_groups_command_explains_itself_without_torch(name: str) -> None:
+    code = f"from server.cli import main; main({[*name.split(), '--help']})"
+    code = f"import atexit, sys; atexit.register(lambda: print(*sys.modules)); {code}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert f"usage: slipstream {name}" in done.stdout and "argparse" in done.stdout.splitlines()[-1]
+    assert not set(done.stdout.splitlines()[-1].split()) & {"torch", "transformers", "matplotlib"}
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_resolves_and_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
-        code: object = cli.main([name, "--help"])
+        code: object = cli.main([*name.split(), "--help"])
     except SystemExit as leaving:  # argparse
         code = leaving.code
     captured = capsys.readouterr()
@@ -44,11 +53,26 @@ def test_every_command_resolves_and_explains_itself(name: str, capsys: pytest.Ca
     assert f"usage: slipstream {name}" in captured.out + captured.err
 
 
-@pytest.mark.parametrize(("arguments", "said"), [([], "usage: slipstream COMMAND"), (["sevre"], "no command 'sevre'")])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "usage: slipstream COMMAND"),
+        (["sevre"], "no command 'sevre'"),
+        (["bench"], "usage: slipstream bench COMMAND"),
+        (["bench", "stop"], "no command 'bench stop'"),
+        (["ben"], "no command 'ben'"),
+    ],
+)
 def test_wrong_usage(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 2
     captured = capsys.readouterr()
     assert said in captured.err and captured.out == ""
+
+
+def test_a_groups_help_shows_its_own_commands_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "  bench step " in shown and "  serve " not in shown
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,11 @@ SUMMARY = RequestSummary(
     first_token=1.25,
     preemptions=1,
 )
+DRAFTED = replace(INFO, drafter="ngram", max_draft=3, verifier="strict")
+DRAFTS = "vllm:spec_decode_num_drafts_total"
+DRAFT_TOKENS = "vllm:spec_decode_num_draft_tokens_total"
+ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
+ACCEPTED_AT = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
 ENGINE_LABELS = {"model_name": "m", "engine": "0"}
 LATENCY = "0.3 0.5 0.8 1 1.5 2 2.5 5 10 15 20 30 40 50 60 120 240 480 960 1920 7680"
 FIRST_TOKEN = "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640 2560"
@@ -169,6 +174,51 @@ def test_counters_never_fall_when_the_engine_process_starts_again() -> None:
     assert value(page, "vllm:num_preemptions_total") == 6
     assert value(page, "vllm:prefix_cache_queries_total") == 950
     assert value(page, "vllm:prefix_cache_hits_total") == 300
+
+
+def speculation(page: Samples, model: str = "m") -> dict[str, float | list[float]]:
+    """What is exposed of speculation for a model; tokens by position in the order of their positions."""
+    found = {key: v for key, v in page.items() if "spec_decode" in key[0] and not key[0].endswith("_created")}
+    of_model = {key: v for key, v in found.items() if dict(key[1])["model_name"] == model}
+    at = {dict(labels)["position"]: v for (name, labels), v in of_model.items() if name == ACCEPTED_AT}
+    assert list(map(str, range(len(at)))) == sorted(at)
+    assert all(set(dict(labels)) - {"position"} == {"model_name", "engine"} for _, labels in of_model)
+    plain = {name: v for (name, _), v in of_model.items() if name != ACCEPTED_AT}
+    return {**plain, ACCEPTED_AT: [at[position] for position in sorted(at)]} if at else dict(plain)
+
+
+def test_speculation_is_exposed_from_the_start_and_only_with_a_drafter() -> None:
+    metrics = Metrics()
+    metrics.observer("m", DRAFTED)
+    plain = metrics.observer("plain", INFO)
+    plain.on_step(EngineStats(steps=1, spec_rounds=3, spec_drafted=9, spec_accepted=1, spec_accepted_at=(1, 0, 0)))
+    page = samples(metrics)
+    assert speculation(page) == {DRAFTS: 0, DRAFT_TOKENS: 0, ACCEPTED: 0, ACCEPTED_AT: [0, 0, 0]}
+    assert speculation(page, "plain") == {}
+    text = metrics.render()[0].decode()
+    for name in (DRAFTS, DRAFT_TOKENS, ACCEPTED, ACCEPTED_AT):
+        assert f"# TYPE {name} counter\n" in text
+
+
+def test_speculation_counts_what_is_new_and_survives_a_restart() -> None:
+    metrics = Metrics()
+    observer = metrics.observer("m", DRAFTED)
+    first = EngineStats(steps=50, spec_rounds=10, spec_drafted=30, spec_accepted=12, spec_accepted_at=(7, 4, 1))
+    second = EngineStats(steps=51, spec_rounds=12, spec_drafted=35, spec_accepted=14, spec_accepted_at=(8, 5, 1))
+    for stats in (EngineStats(steps=1), first, first, second):
+        observer.on_step(stats)
+    assert speculation(samples(metrics)) == {DRAFTS: 12, DRAFT_TOKENS: 35, ACCEPTED: 14, ACCEPTED_AT: [8, 5, 1]}
+    observer.on_step(EngineStats(steps=2, spec_rounds=1, spec_drafted=3, spec_accepted=3, spec_accepted_at=(1, 1, 1)))
+    assert speculation(samples(metrics)) == {DRAFTS: 13, DRAFT_TOKENS: 38, ACCEPTED: 17, ACCEPTED_AT: [9, 6, 2]}
+
+
+def test_speculation_survives_a_restart_that_no_report_told_of() -> None:
+    """The new process is past the old one's steps when it is heard of: some news is lost, and nothing raises."""
+    metrics = Metrics()
+    observer = metrics.observer("m", DRAFTED)
+    observer.on_step(EngineStats(steps=5, spec_rounds=2, spec_drafted=6, spec_accepted=6, spec_accepted_at=(2, 2, 2)))
+    observer.on_step(EngineStats(steps=9, spec_rounds=4, spec_drafted=4, spec_accepted=0, spec_accepted_at=(0, 0, 0)))
+    assert speculation(samples(metrics)) == {DRAFTS: 4, DRAFT_TOKENS: 6, ACCEPTED: 6, ACCEPTED_AT: [2, 2, 2]}
 
 
 def test_a_report_without_a_step_counts_no_step() -> None:

@@ -66,6 +66,30 @@ async def test_streams() -> None:
     assert final.choices[0].message.content == "Hello, wörld!" and final.choices[0].finish_reason == "stop"
 
 
+async def test_the_speculation_extension() -> None:
+    extra: Any = {"speculation": {"max_draft": 4, "report": True}}
+    options: Any = {"include_usage": True}
+    async with connected(FakeEngine(stands=(2, 0, 3))) as client:
+        asked: Any = {"model": "tiny", "messages": MESSAGES, "extra_body": extra}
+        chat = await client.chat.completions.create(**asked)
+        text = await client.completions.create(model="tiny", prompt="hi", extra_body=extra)
+        chunks = [chunk async for chunk in await client.chat.completions.create(**asked, stream=True)]
+        counted = [
+            chunk async for chunk in await client.chat.completions.create(**asked, stream=True, stream_options=options)
+        ]
+        async with client.chat.completions.stream(**asked) as stream:
+            helped = [event.chunk async for event in stream if event.type == "chunk"]
+            final = await stream.get_final_completion()
+    told = (chat.model_extra or {})["speculation"]
+    assert told["rounds"] == 4 == sum(told["histogram"]) and told["accepted"] == 7
+    assert (text.model_extra or {})["speculation"] == told
+    for seen in (chunks, counted, helped):
+        assert [(chunk.model_extra or {}).get("speculation") for chunk in seen] == [None] * (len(seen) - 1) + [told]
+    assert final.choices[0].message.content == "Hello, wörld!"
+    assert chat.usage is not None and chat.usage.completion_tokens_details is not None
+    assert chat.usage.completion_tokens_details.accepted_prediction_tokens is None
+
+
 @pytest.mark.parametrize(
     "fields, error, code, param",
     [
@@ -73,6 +97,12 @@ async def test_streams() -> None:
         ({"temperature": 9}, openai.BadRequestError, "invalid_value", "temperature"),
         ({"stop": list("abcde")}, openai.BadRequestError, "array_above_max_length", "stop"),
         ({"tools": []}, openai.BadRequestError, "unsupported_parameter", "tools"),
+        (
+            {"extra_body": {"speculation": {"enabled": True}}},
+            openai.BadRequestError,
+            "unsupported_parameter",
+            "speculation.enabled",
+        ),
         ({"model": "none"}, openai.NotFoundError, "model_not_found", "model"),
         (
             {"messages": [{"role": "user", "content": "x" * 600}]},

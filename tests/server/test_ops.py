@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.types import Health
 from tests.server.fake_engine import BOS, HELLO, VOCAB, WORLD, FakeEngine, make_tokenizer
 from tests.server.harness import error_of, make_app, serving
 
@@ -78,6 +79,16 @@ async def test_openapi_matches_its_snapshot() -> None:
         pytest.fail("the snapshot was missing and has been written")
     assert schema == json.loads(SNAPSHOT.read_text())
     assert "422" not in SNAPSHOT.read_text()
+
+
+async def test_metrics_tell_whether_the_engine_is_healthy() -> None:
+    engine = FakeEngine()
+    async with serving(engine) as client:
+        healthy = (await client.get("/metrics")).text
+        engine.health_now = Health(False, False, "no step for 120 s")
+        stuck = (await client.get("/metrics")).text
+    series = 'slipstream:engine_healthy{engine="0",model_name="tiny"}'
+    assert f"{series} 1.0" in healthy and f"{series} 0.0" in stuck
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/version", "/metrics"])

@@ -83,7 +83,7 @@ class Script:
     num_blocks: int = 256
     block_size: int = 4
     max_model_len: int = 512
-    lookahead: int = 0  # a step says this many tokens more than one
+    lookahead: int = 0  # a step says this many tokens more than one: drafts that all stand
     refuse: int = 0  # loading fails
 
 
@@ -180,7 +180,8 @@ class FakeWorker:
             scored = tuple(TokenLogprob(token, -0.5, 1) for token in following)
         if end < len(state.tokens):
             return SeqResult(item.request_id, (), end, prompt_logprobs=scored)
-        new = [letter(end + i) for i in range(item.lookahead + 1)]
+        drafted = item.lookahead
+        new = [letter(end + i) for i in range(drafted + 1)]
         if EARLY_EOS in request.prompt_ids and end >= len(request.prompt_ids) + 2:
             new = [EOS]
         state.tokens += new
@@ -188,4 +189,4 @@ class FakeWorker:
         logprobs = None
         if request.sampling.logprobs is not None:
             logprobs = tuple(TokenLogprob(token, -0.25, 1) for token in new)
-        return SeqResult(item.request_id, tuple(new), state.computed, logprobs, scored)
+        return SeqResult(item.request_id, tuple(new), state.computed, logprobs, scored, drafted, drafted)

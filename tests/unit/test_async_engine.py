@@ -18,6 +18,8 @@ from engine.types import (
     FinishReason,
     Phase,
     SeqUpdate,
+    SpeculationParams,
+    SpeculationReport,
     TokenEvent,
     Usage,
 )
@@ -115,6 +117,27 @@ async def test_stop_ids_and_stop_strings(served: Engine) -> None:
     assert sum(len(event.logprobs or ()) for event in events[by_text.id]) == 3
     assert text(events[kept.id]) == "abc"
     assert {s.finish for s in served.seen.summaries} == {FinishReason.STOP}
+
+
+async def test_the_report_of_drafting_comes_with_the_last_event(served: Engine) -> None:
+    """With a lookahead, each step drafts three tokens, all of which stand."""
+    served.gate.open()
+    asked = replace(ask(26, 12), speculation=SpeculationParams(report=True))
+    *others, last = (await read(served.engine, asked))[asked.id]
+    drafted = (4, True) in served.seen.tokens
+    assert [count for count, _ in served.seen.tokens] == ([4] * 3 if drafted else [1] * 12)
+    assert last.speculation == (SpeculationReport(3, 9, 9, (0, 0, 0, 3)) if drafted else SpeculationReport())
+    assert [event.speculation for event in others] == [None] * len(others)
+    plain = ask(26, 4)
+    assert (await read(served.engine, plain))[plain.id][-1].speculation is None
+
+
+async def test_the_report_of_drafting_stops_at_a_stop_string(served: Engine) -> None:
+    served.gate.open()
+    asked = replace(ask(26, 40, stop=("c",)), speculation=SpeculationParams(report=True))
+    last = (await read(served.engine, asked))[asked.id][-1]
+    drafted = SpeculationReport(1, 3, 3, (0, 0, 0, 1))  # of abc and the target's d, which is cut off
+    assert last.speculation == (drafted if (3, True) in served.seen.tokens else SpeculationReport())
 
 
 async def test_a_stop_string_ends_the_request_in_the_engine_too(served: Engine) -> None:

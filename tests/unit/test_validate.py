@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engine.errors import ContextLengthExceeded, InvalidRequest
-from engine.types import ModelInfo, Request, SamplingParams
+from engine.types import ModelInfo, Request, SamplingParams, SpeculationParams
 from engine.validate import validate
 
 INFO = ModelInfo("m", "m", 64, 100, (99,), 4, 32, 0, "none", "autoregressive")
@@ -102,6 +102,27 @@ def test_text_that_no_encoding_can_carry_is_refused(field: str) -> None:
 def test_priority_must_fit_a_message(priority: int) -> None:
     with pytest.raises(InvalidRequest, match="priority"):
         validate(replace(request(), priority=priority), INFO)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("enabled", value) for value in (1, "true", None)),
+        *(("report", value) for value in (0, None)),
+        *(("max_draft", value) for value in (-1, 1025, 2.0, "3", True)),
+    ],
+)
+def test_speculation_is_checked_by_name(field: str, value: Any) -> None:
+    asked = SpeculationParams(**{field: value})
+    with pytest.raises(InvalidRequest, match=rf"^speculation\.{field} must") as refused:
+        validate(replace(request(), speculation=asked), INFO)
+    assert refused.value.param == f"speculation.{field}"
+
+
+@pytest.mark.parametrize("most", [None, 0, 4, 1024])
+def test_a_model_without_a_drafter_takes_any_bound(most: int | None) -> None:
+    asked = replace(request(), speculation=SpeculationParams(max_draft=most, report=True))
+    assert validate(asked, INFO) == asked
 
 
 def test_what_bans_every_token_is_refused() -> None:

@@ -1,0 +1,107 @@
+"""A request's output in the front process: what its report says of drafting, wherever the answer is cut."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.front.output import RequestOutput, merge
+from engine.tokenizer.tokenizer import Tokenizer
+from engine.types import (
+    FinishReason,
+    Request,
+    SamplingParams,
+    SeqUpdate,
+    SpeculationParams,
+    SpeculationReport,
+    TokenEvent,
+)
+from tests.unit.fake_worker import write_checkpoint
+
+Round = tuple[str, int, int]  # text (a byte a token), drafted, accepted
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.load(write_checkpoint(tmp_path_factory.mktemp("model")))
+
+
+def run(
+    tokenizer: Tokenizer, rounds: list[Round], *, stop: tuple[str, ...] = (), report: bool = True
+) -> list[TokenEvent]:
+    """The events of a request whose last round ends it; nothing is read behind a stop string."""
+    sampling = SamplingParams(1000, stop=stop)
+    output = RequestOutput(Request("r", (1,), sampling, speculation=SpeculationParams(report=report)), tokenizer)
+    events = []
+    for i, (text, drafted, accepted) in enumerate(rounds):
+        finish = FinishReason.LENGTH if i == len(rounds) - 1 else None
+        update = SeqUpdate("r", tuple(text.encode()), finish=finish, drafted=drafted, accepted=accepted)
+        event = output.take(update, 0.0)
+        if event is not None:
+            events.append(event)
+            if event.finish is not None:
+                break
+    return events
+
+
+ROUNDS: list[Round] = [("a", 0, 0), ("bcd", 4, 2), ("e", 3, 0), ("fghij", 4, 4), ("k", 0, 0), ("lm", 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "report"),
+    [
+        ((), "abcdefghijklm", SpeculationReport(4, 12, 7, (1, 1, 1, 0, 1))),
+        (("a",), "", SpeculationReport()),  # before the first round
+        (("b",), "a", SpeculationReport(1, 4, 1, (0, 1))),  # the first of two that stood
+        (("c",), "ab", SpeculationReport(1, 4, 2, (0, 0, 1))),  # the last one that stood
+        (("d",), "abc", SpeculationReport(1, 4, 2, (0, 0, 1))),  # the target's own token
+        (("e",), "abcd", SpeculationReport(2, 7, 2, (1, 0, 1))),
+        (("gh",), "abcdef", SpeculationReport(3, 11, 5, (1, 0, 1, 1))),
+        (("def",), "abc", SpeculationReport(3, 11, 3, (1, 1, 1))),  # held back over three rounds
+        (("zz",), "abcdefghijklm", SpeculationReport(4, 12, 7, (1, 1, 1, 0, 1))),
+    ],
+)
+def test_the_report_ends_where_the_answer_ends(
+    tokenizer: Tokenizer, stop: tuple[str, ...], text: str, report: SpeculationReport
+) -> None:
+    events = run(tokenizer, ROUNDS, stop=stop)
+    assert "".join(event.text for event in events) == text
+    assert events[-1].speculation == report
+    assert [event.speculation for event in events[:-1]] == [None] * (len(events) - 1)
+
+
+def test_only_those_who_ask_get_a_report(tokenizer: Tokenizer) -> None:
+    assert run(tokenizer, ROUNDS, report=False)[-1].speculation is None
+    assert run(tokenizer, [("abc", 0, 0)])[-1].speculation == SpeculationReport()
+
+
+def test_merged_events_keep_the_report(tokenizer: Tokenizer) -> None:
+    events = run(tokenizer, ROUNDS)
+    assert merge(events).speculation == merge(events[-2:]).speculation == events[-1].speculation
+    assert merge(events[:-1]).speculation is None
+
+
+@st.composite
+def some_rounds(draw: st.DrawFn) -> list[Round]:
+    """Rounds as a scheduler sends them: at most the accepted drafts and one token more; the last may be cut short."""
+    rounds = []
+    for _ in range(draw(st.integers(1, 8))):
+        drafted = draw(st.integers(0, 5))
+        accepted = draw(st.integers(0, drafted))
+        rounds.append((draw(st.text("abc", min_size=accepted + 1, max_size=accepted + 1)), drafted, accepted))
+    text, drafted, accepted = rounds[-1]
+    return [*rounds[:-1], (text[: draw(st.integers(0, len(text)))], drafted, accepted)]
+
+
+@given(some_rounds(), st.lists(st.text("abc", min_size=1, max_size=4), max_size=2))
+def test_the_books_add_up(tokenizer: Tokenizer, rounds: list[Round], stops: list[str]) -> None:
+    last = run(tokenizer, rounds, stop=tuple(stops))[-1]
+    report = last.speculation
+    assert report is not None
+    assert report.rounds == sum(report.histogram)
+    assert report.accepted == sum(stood * count for stood, count in enumerate(report.histogram))
+    assert report.accepted <= min(report.drafted, last.usage.completion_tokens)
+    assert not report.histogram or report.histogram[-1] > 0
+    if last.stop_reason is None:
+        assert (report.rounds, report.drafted) == (sum(d > 0 for _, d, _ in rounds), sum(d for _, d, _ in rounds))
