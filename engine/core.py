@@ -44,6 +44,8 @@ class EngineCore:
             hash_seed=hash_seed if hash_seed is not None else secrets.token_bytes(16),
             clock=clock,
         )
+        self._drafts = worker.capacity().traits.drafts  # then lookahead is only what may be drafted
+        self._drafted = 0  # tokens, up to the last report
         self._lag = config.scheduler.lag
         self._clock = clock
         self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
@@ -76,8 +78,10 @@ class EngineCore:
         while len(self._in_flight) > (self._lag if submitted and plan.items else 0):
             self._collect(updates)
         self._watch_for_standstill(plan, updates)
-        seconds = self._clock() - began
-        return StepReport(tuple(updates), replace(self.stats(), step_tokens=_tokens(plan), step_seconds=seconds))
+        seconds, stats = self._clock() - began, self.stats()
+        fed = self._tokens(plan) + stats.spec_drafted - self._drafted
+        self._drafted = stats.spec_drafted
+        return StepReport(tuple(updates), replace(stats, step_tokens=fed, step_seconds=seconds))
 
     def _submit(self, plan: StepPlan, updates: list[SeqUpdate]) -> bool:
         if not (plan.items or plan.dropped or plan.admitted):
@@ -125,6 +129,11 @@ class EngineCore:
         if self._idle_rounds >= MAX_FAILURES:
             raise EngineDead("the scheduler holds requests that it can't run")
 
+    def _tokens(self, plan: StepPlan) -> int:
+        """Positions that a plan feeds, drafts aside; a pending item feeds at least the token it waits for."""
+        fed = sum(len(item.tokens) or int(item.pending) for item in plan.items)
+        return fed if self._drafts else fed + sum(item.lookahead for item in plan.items)
+
     def settle(self) -> None:
         """Call when there is no work left: recounts every block and looks for device state left behind.
 
@@ -148,11 +157,6 @@ class EngineCore:
 
     def close(self) -> None:
         self._worker.close()
-
-
-def _tokens(plan: StepPlan) -> int:
-    """Positions that a plan feeds; a pending item feeds at least the token it waits for."""
-    return sum((len(item.tokens) or int(item.pending)) + item.lookahead for item in plan.items)
 
 
 def _describe(error: Exception) -> str:

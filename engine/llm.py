@@ -25,6 +25,8 @@ from engine.types import (
     Phase,
     Request,
     SamplingParams,
+    SpeculationParams,
+    SpeculationReport,
     StepReport,
     TokenEvent,
     TokenLogprob,
@@ -50,6 +52,7 @@ class Completion:
     usage: Usage
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    speculation: SpeculationReport | None = None  # where it was asked for
 
 
 class LLM:
@@ -82,28 +85,35 @@ class LLM:
         self,
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        speculation: SpeculationParams | None = None,
     ) -> list[Completion]:
         """Complete texts, or prompts that are token ids already; the answers are in the order of the prompts.
 
         One `params` is used for all prompts, or there is one for each. The default is up to 256 tokens at
-        temperature 1 with seed 0: equal prompts give equal answers until they get seeds of their own.
+        temperature 1 with seed 0: equal prompts give equal answers until they get seeds of their own. `speculation`
+        counts where the model has a drafter.
         Raises InvalidRequest before anything is generated, and StepFailed if a request fails inside the engine.
         """
         texts = [prompts] if isinstance(prompts, str) else prompts
         encoded = [self.tokenizer.encode(p) if isinstance(p, str) else p for p in texts]
-        return self._run(encoded, params or DEFAULTS, "prompt")
+        return self._run(encoded, params or DEFAULTS, "prompt", speculation)
 
     def chat(self, messages: Sequence[Mapping[str, object]], params: SamplingParams | None = None) -> Completion:
         """The next answer of a conversation, through the model's own chat template."""
         return self._run([self.tokenizer.encode_chat(messages)], params or DEFAULTS, "messages")[0]
 
     def _run(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], name: str
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        name: str,
+        speculation: SpeculationParams | None = None,
     ) -> list[Completion]:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts, but {len(each)} sets of parameters")
-        requests = [self._request(ids, sampling, name) for ids, sampling in zip(prompts, each, strict=True)]
+        wish = speculation or SpeculationParams()
+        requests = [self._request(ids, sampling, wish, name) for ids, sampling in zip(prompts, each, strict=True)]
         outputs = {request.id: RequestOutput(request, self.tokenizer) for request in requests}
         events: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
         for request in requests:
@@ -117,9 +127,10 @@ class LLM:
         self._core.settle()
         return [_completion(request, merge(events[request.id])) for request in requests]
 
-    def _request(self, ids: Sequence[int], sampling: SamplingParams, name: str) -> Request:
+    def _request(self, ids: Sequence[int], sampling: SamplingParams, wish: SpeculationParams, name: str) -> Request:
         eos_ids = () if sampling.ignore_eos else self.info.eos_ids
-        request = Request(f"offline-{next(self._ids)}", tuple(ids), sampling, eos_ids, arrival=time.monotonic())
+        request_id = f"offline-{next(self._ids)}"
+        request = Request(request_id, tuple(ids), sampling, eos_ids, arrival=time.monotonic(), speculation=wish)
         return validate(request, self.info, param=name)
 
     def _take(self, report: StepReport, outputs: dict[str, RequestOutput], events: dict[str, list[TokenEvent]]) -> None:
@@ -173,6 +184,7 @@ def _completion(request: Request, event: TokenEvent) -> Completion:
         usage=event.usage,
         logprobs=event.logprobs,
         prompt_logprobs=event.prompt_logprobs,
+        speculation=event.speculation,
     )
 
 

@@ -66,6 +66,9 @@ def _read(command: str, description: str, arguments: Sequence[str]) -> tuple[Con
     parser.add_argument("--host", metavar="H", help="where to listen (default: 127.0.0.1)")
     parser.add_argument("--port", metavar="P", type=int, help="default: 8000")
     parser.add_argument(
+        "--draft", metavar="DRAFTER", help="decode speculatively with this drafter, as in --draft ngram"
+    )
+    parser.add_argument(
         "--set",
         metavar="KEY=VALUE",
         action="append",
@@ -76,6 +79,9 @@ def _read(command: str, description: str, arguments: Sequence[str]) -> tuple[Con
     overrides = list(parsed.set)
     if parsed.model is not None:  # another model, so not the name that the file gives to its own
         overrides = [f"models.0.path={json.dumps(parsed.model)}", 'models.0.id=""', *overrides]
+    if parsed.draft is not None:
+        drafter = f"models.0.draft.drafter={json.dumps(parsed.draft)}"
+        overrides = ["models.0.pipeline=speculative", drafter, *overrides]
     config = load(parsed.config, tuple(overrides))
     flags = {name: value for name in ("host", "port") if (value := getattr(parsed, name)) is not None}
     return config, load_settings(config.server, **flags)
