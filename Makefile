@@ -16,15 +16,17 @@ BIN := $(VENV)/bin
 PIP := "$(BIN)/python" -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt Makefile
 
-.PHONY: help serve setup test test-full lint format clean
+.PHONY: help serve setup test test-full test-gpu lint docker-lint format clean
 .NOTPARALLEL:
 
 help:
 	@echo 'make serve      set up if needed, then serve the demo model on http://127.0.0.1:8000'
 	@echo 'make test       set up if needed, then lint, type-check and run the tests'
 	@echo 'make test-full  the same tests with large counts, and the slow ones'
+	@echo 'make test-gpu   the tests that need a CUDA device'
 	@echo 'make setup      the virtual environment with everything for development'
-	@echo 'make lint       ruff and mypy alone      make format   let ruff rewrite'
+	@echo 'make lint       ruff, mypy and docker-lint alone      make format   let ruff rewrite'
+	@echo 'make docker-lint   the Dockerfile, the compose files, the entrypoint, and the alerts where there is promtool'
 	@echo 'make clean      remove the virtual environment and every cache'
 	@echo 'variables: PYTHON=$(PYTHON) VENV=$(VENV) CONFIG=$(CONFIG) TORCH_INDEX=$(TORCH_INDEX)'
 
@@ -39,10 +41,23 @@ test: $(VENV)/.dev lint
 test-full: $(VENV)/.dev lint
 	"$(BIN)/python" -m pytest --full $(PYTEST_ARGS)
 
-lint: $(VENV)/.dev
+test-gpu: $(VENV)/.dev
+	"$(BIN)/python" -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch finds no CUDA device here")'
+	"$(BIN)/python" -m pytest tests/gpu $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev docker-lint
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/mypy"
+
+# No Docker is needed. The tests compare queries and settings with the code (tests/unit/test_deploy_*.py).
+docker-lint: $(VENV)/.dev
+	"$(BIN)/hadolint" Dockerfile
+	"$(BIN)/shellcheck" deploy/container/entrypoint.sh
+	"$(BIN)/check-jsonschema" --builtin-schema vendor.compose-spec docker-compose.yml docker-compose.gpu.yml
+	@if command -v promtool >/dev/null; then \
+		promtool check config deploy/prometheus/prometheus.yml && promtool test rules deploy/prometheus/alerts_test.yml; \
+	else echo 'promtool is not installed: the alert rules were not run on their made-up series'; fi
 
 format: $(VENV)/.dev
 	"$(BIN)/ruff" check --fix .

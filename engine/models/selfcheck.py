@@ -7,20 +7,29 @@ layer that ignores positions, a convolution between layers, a mask of its own) w
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from engine.errors import ModelLoadError
 from engine.models.adapter import DecoderAdapter
 from engine.models.context import PagedContext
+from engine.models.support import context_length
 from engine.protocols import AttentionBackend
 from engine.runtime.batch import SeqInput, pack
 from engine.runtime.kv_cache import LayerShape, PagedKVCache
 
 LENGTHS = (29, 17)
-CHUNKS = ((11, 6), (1, 7), (5, 1), (12, 3))  # tokens of each sequence fed in each step
+CHUNKS = ((11, 0), (1, 13), (5, 1), (12, 3))  # tokens of each sequence fed in each step
 BLOCK_SIZE = 4
-# Largest difference of a logit, relative to the largest logit. fp16 weights differ from fp32 by rounding alone.
+# Rounding tips close calls of a router, and a token meets another expert: this share of the tokens may differ for that.
+TIPPED = 0.25
+# Largest difference of a logit, relative to the largest logit. 16 bits differ from fp32 by rounding alone.
 TOLERANCE = {"none": 1e-3, "fp16": 3e-2}
+TOLERANCE_OF_DTYPE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+
+
+def tolerance(quant: str, dtype: torch.dtype) -> float:
+    """What `check` allows for packed weights (`quant`) and this type of weights and activations."""
+    return max(TOLERANCE[quant], TOLERANCE_OF_DTYPE[dtype])
 
 
 def sample_ids(vocab_size: int) -> list[torch.Tensor]:
@@ -29,18 +38,31 @@ def sample_ids(vocab_size: int) -> list[torch.Tensor]:
     return [torch.randint(0, vocab_size, (length,), generator=generator) for length in LENGTHS]
 
 
+def first_positions(config: PretrainedConfig) -> tuple[int, ...]:
+    """Where each sequence starts: the last one ends with the context, as some models scale by position only far out."""
+    return (0, max(context_length(config) - LENGTHS[1], 0))
+
+
 @torch.inference_mode()
 def plain_logits(model: PreTrainedModel, vocab_size: int) -> list[torch.Tensor]:
-    """fp32 logits [length, vocabulary] of the model's own eager forward; call before anything is replaced."""
+    """fp32 logits [length, vocabulary] of the model's own eager forward; call before anything is replaced.
+
+    Raises ModelLoadError if the model itself fails.
+    """
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
+    logits = []
     try:
-        return [
-            model(input_ids=ids[None].to(model.device), use_cache=False).logits[0].float()
-            for ids in sample_ids(vocab_size)
-        ]
+        for ids, first in zip(sample_ids(vocab_size), first_positions(model.config), strict=True):
+            positions = torch.arange(first, first + len(ids), device=model.device)
+            out = model(input_ids=ids[None].to(model.device), position_ids=positions[None], use_cache=False)
+            logits.append(out.logits[0].float())
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        kind, cause = model.config.model_type, f"{type(error).__name__}: {error}"
+        raise ModelLoadError(f"{kind}: the model's own forward pass fails: {cause}") from error
     finally:
         model.set_attn_implementation(before)
+    return logits
 
 
 def paged_logits(
@@ -53,28 +75,37 @@ def paged_logits(
     cache = PagedKVCache(shapes, 2 * blocks_each, BLOCK_SIZE, dtype, device)
     scattered = torch.randperm(2 * blocks_each, generator=torch.Generator().manual_seed(7)).tolist()
     tables = (scattered[:blocks_each], scattered[blocks_each:])
+    firsts = first_positions(adapter.model.config)
     done, parts = [0, 0], ([], [])  # type: tuple[list[int], tuple[list[torch.Tensor], list[torch.Tensor]]]
     for chunk in CHUNKS:
+        fed = [i for i, size in enumerate(chunk) if size]
         inputs = []
-        for ids, table, start, size in zip(all_ids, tables, done, chunk, strict=True):
-            inputs.append(SeqInput(ids[start : start + size].tolist(), start, table, start + size))
+        for i in fed:
+            end = done[i] + chunk[i]
+            inputs.append(SeqInput(all_ids[i][done[i] : end].tolist(), done[i], tables[i], end))
         batch = pack(inputs, BLOCK_SIZE, device)
         context = PagedContext(cache, backend.prepare(batch), batch.slots)
+        sizes = torch.tensor([chunk[i] for i in fed])
+        shift = torch.tensor([firsts[i] for i in fed]).repeat_interleave(sizes).to(device)
         rows = torch.arange(sum(chunk), device=device)
-        logits = adapter.forward(batch.ids, batch.positions, rows, context)
-        for i, part in enumerate(logits.split(list(chunk))):
+        logits = adapter.forward(batch.ids, batch.positions + shift, rows, context)
+        for i, part in zip(fed, logits.split(sizes.tolist()), strict=True):
             parts[i].append(part)
             done[i] += chunk[i]
     return [torch.cat(part) for part in parts]
 
 
-def check(expected: list[torch.Tensor], got: list[torch.Tensor], tolerance: float, family: str) -> float:
-    """Largest relative difference. Raises ModelLoadError when it is above `tolerance` or not a number."""
-    worst = 0.0
-    for want, have in zip(expected, got, strict=True):
-        error = float((want - have).abs().max() / want.abs().max().clamp(min=1e-6))
-        worst = max(worst, error) if error == error else float("nan")
-    if not worst <= tolerance:
+def check(
+    expected: list[torch.Tensor], got: list[torch.Tensor], tolerance: float, family: str, tipped: float = 0.0
+) -> float:
+    """Largest relative difference of a token, when the share `tipped` of the tokens is left out, the worst first.
+
+    Raises ModelLoadError when it is above `tolerance` or not a number.
+    """
+    pairs = list(zip(expected, got, strict=True))
+    errors = torch.cat([(want - have).abs().amax(-1) / want.abs().max().clamp(min=1e-6) for want, have in pairs])
+    worst = float(errors.sort(descending=True).values[int(tipped * len(errors))])  # NaN sorts first, as the largest
+    if bool(errors.isnan().any()) or worst > tolerance:
         raise ModelLoadError(
             f"{family}: the paged forward differs from the model's own by {worst:.2g} of its largest logit (allowed: "
             f"{tolerance:g}); serving it would give wrong text"

@@ -8,7 +8,7 @@ different lengths. Rejected positions hold stale KV that the next step overwrite
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -85,6 +85,7 @@ class SpeculativePipeline:
         if not drawing:
             return {}
         states = [state for share in drawing for state in share.state.sampling.ahead(share.drafts)]
+        proposal = replace(proposal, tokens=proposal.tokens.to(logits.device))  # some drafters work on the host
         verdict = self._verifier.verify(proposal, self._target(proposal, logits, states))
         accepted, path, following = verdict.accepted.tolist(), verdict.path.tolist(), verdict.next_token.tolist()
         rounds: dict[str, Round] = {}

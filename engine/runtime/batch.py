@@ -8,6 +8,8 @@ from enum import Enum
 
 import torch
 
+from engine.runtime.transfer import to_device
+
 
 class AttentionMode(Enum):
     """Which keys a query sees, by absolute position. All modes also need key < kv_len."""
@@ -15,6 +17,9 @@ class AttentionMode(Enum):
     CAUSAL = "causal"  # key <= query
     BLOCK_CAUSAL = "block_causal"  # key's block <= query's block, blocks of `block_length` positions from 0
     BIDIRECTIONAL = "bidirectional"  # every key
+    # Keys are counted by their place in the block table, and a query's own place may be another than its position:
+    # siblings of a draft tree share a position. See `DeviceBatch.tree_masks`.
+    TREE = "tree"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,7 +28,13 @@ class DeviceBatch:
 
     Queries of sequence i are rows query_starts[i] to query_starts[i + 1]; their positions are consecutive. It attends
     to the slots of positions 0 to kv_lens[i] - 1, which its row of `block_tables` names; kv_lens may reach past the
-    queries. `query_lens` and `kv_lens_host` are the host's copies, so that nothing has to be read back from a device.
+    queries. `query_lens` and `kv_lens_host` are the host's copies, so that nothing has to be read back from a device;
+    attention takes kv_lens_host as upper bounds only.
+
+    In mode TREE keys are places 0 to kv_lens[i] - 1 of the block table, the queries are the last of them, and each
+    query sees the keys before tree_starts[row], and key tree_starts[row] + 64 * w + b for each bit b that is set in
+    tree_masks[row, w]: its ancestors and itself. A window of w hides keys whose positions are w or more before the
+    query's; keys that are no queries of this step count as lying at the position of their place.
     """
 
     ids: torch.Tensor  # [T] int64
@@ -37,6 +48,9 @@ class DeviceBatch:
     kv_lens_host: tuple[int, ...]
     mode: AttentionMode = AttentionMode.CAUSAL
     block_length: int = 1  # of BLOCK_CAUSAL
+    tree_starts: torch.Tensor | None = None  # of TREE, [T] int32
+    tree_masks: torch.Tensor | None = None  # of TREE, [T, words] int64
+    aligned: bool = False  # known to the host: the queries of each sequence are the last of its kv_len keys
 
     @property
     def num_seqs(self) -> int:
@@ -44,13 +58,30 @@ class DeviceBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class TreeRows:
+    """The queries of a sequence as nodes of a draft tree, parents before children.
+
+    Each sees the keys before place `root` of the block table, where the tree begins, and key root + b for each bit b
+    of its `ancestors`, which count itself. `root` is before the first query where parts of the tree were fed earlier.
+    """
+
+    root: int
+    positions: Sequence[int]
+    ancestors: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
 class SeqInput:
-    """One sequence's part of a batch, on the host: feed `ids` from position `start`; `kv_len` keys are visible."""
+    """One sequence's part of a batch, on the host: feed `ids` from position `start`; `kv_len` keys are visible.
+
+    With a `tree`, which needs mode TREE, `start` is a place in the block table; kv_len must be start + len(ids).
+    """
 
     ids: Sequence[int]
     start: int
     block_ids: Sequence[int]
     kv_len: int
+    tree: TreeRows | None = None
 
 
 def pack(
@@ -69,20 +100,49 @@ def pack(
     ids = torch.tensor([token for item in inputs for token in item.ids])
     rows = torch.repeat_interleave(torch.arange(len(inputs)), lens)
     first = torch.tensor([item.start for item in inputs]) - starts[:-1]
-    positions = torch.arange(int(starts[-1])) + first[rows]
+    places = torch.arange(int(starts[-1])) + first[rows]
     width = max(len(item.block_ids) for item in inputs)
     tables = torch.tensor([[*item.block_ids, *([0] * (width - len(item.block_ids)))] for item in inputs])
-    slots = tables[rows, positions // block_size] * block_size + positions % block_size
+    slots = tables[rows, places // block_size] * block_size + places % block_size
+    assert mode is AttentionMode.TREE or all(item.tree is None for item in inputs)
+    positions, *trees = _pack_trees(inputs, places) if mode is AttentionMode.TREE else (places,)
+    host = (ids, positions, slots, starts, torch.tensor(kv_lens, dtype=torch.int32), tables.to(torch.int32), *trees)
+    ids, positions, slots, starts, lens, tables, *trees = to_device(host, device)
     return DeviceBatch(
-        ids=ids.to(device),
-        positions=positions.to(device),
-        slots=slots.to(device),
-        query_starts=starts.to(device),
-        kv_lens=torch.tensor(kv_lens, dtype=torch.int32, device=device),
-        block_tables=tables.to(device, torch.int32),
+        ids=ids,
+        positions=positions,
+        slots=slots,
+        query_starts=starts,
+        kv_lens=lens,
+        block_tables=tables,
         block_size=block_size,
         query_lens=query_lens,
         kv_lens_host=kv_lens,
         mode=mode,
         block_length=block_length,
+        tree_starts=trees[0] if trees else None,
+        tree_masks=trees[1] if trees else None,
+        aligned=all(item.kv_len == item.start + len(item.ids) for item in inputs),
     )
+
+
+def _pack_trees(inputs: Sequence[SeqInput], places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Positions [T] int64, tree_starts [T] int32 and tree_masks [T, words] int64 of a TREE batch.
+
+    `places` [T] are the queries' places in their block tables. A sequence without a tree is causal.
+    """
+    assert all(item.kv_len == item.start + len(item.ids) for item in inputs)
+    bits = max((mask.bit_length() for item in inputs if item.tree for mask in item.tree.ancestors), default=0)
+    words = max(-(-bits // 64), 1)
+    positions, starts, masks = places.clone(), places.to(torch.int32) + 1, bytearray()
+    row = 0
+    for item in inputs:
+        end = row + len(item.ids)
+        if item.tree is None:
+            masks += bytes(8 * words * len(item.ids))
+        else:
+            positions[row:end] = torch.tensor(item.tree.positions)
+            starts[row:end] = item.tree.root
+            masks += b"".join(mask.to_bytes(8 * words, "little") for mask in item.tree.ancestors)
+        row = end
+    return positions, starts, torch.frombuffer(masks, dtype=torch.int64).view(-1, words)

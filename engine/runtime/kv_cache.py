@@ -65,6 +65,15 @@ class PagedKVCache:
             for shape in shapes
         )
 
+    def compact(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy slots `source` [k] to slots `target` [k], in all layers: the accepted path of a draft tree, in order.
+
+        All of a layer is read before any of it is written, so the two may overlap. A slot copied onto itself does
+        nothing: padding for a fixed k. No two pairs may write different things to one target.
+        """
+        for layer in self.layers:
+            layer.joint.index_copy_(0, target, layer.joint.index_select(0, source))
+
 
 def block_bytes(shapes: tuple[LayerShape, ...], block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block over all layers."""

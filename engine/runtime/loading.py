@@ -63,11 +63,7 @@ def load_checked(config: ModelConfig, folder: Path, on_phase: OnPhase) -> Loaded
         check_windows(adapter, shapes, attention, dtype, selfcheck.tolerance("none", dtype))
         expected = selfcheck.plain_logits(model, vocab_size)
     with phase("fusion and packing", on_phase) as note:
-        fuse(model, *_fusion_run(adapter, shapes, attention), _finish(quant))
-        if quant == "fp16":
-            pack_linears(model)
-        fused = ", ".join(f"{count} {level}" for level, count in fused_levels(model).items())
-        note.append(f"fused: {fused or 'nothing'}; weights: {quant}")
+        note.append(f"fused: {fuse_and_pack(adapter, shapes, attention, quant)}; weights: {quant}")
     with phase("self-check", on_phase) as note:
         got = selfcheck.paged_logits(adapter, shapes, attention, dtype)
         tolerance = selfcheck.tolerance(quant, dtype)
@@ -79,11 +75,21 @@ def load_checked(config: ModelConfig, folder: Path, on_phase: OnPhase) -> Loaded
     return LoadedModel(adapter, shapes, attention, placement, context_length(model_config), numerics)
 
 
+def fuse_and_pack(
+    adapter: DecoderAdapter, shapes: tuple[LayerShape, ...], attention: AttentionBackend, quant: str
+) -> str:
+    """Fuse what proves equal and pack the weights if `quant` says so, in place; what was fused, in words."""
+    fuse(adapter.model, *_fusion_run(adapter, shapes, attention), _finish(quant))
+    if quant == "fp16":
+        pack_linears(adapter.model)
+    return ", ".join(f"{count} {level}" for level, count in fused_levels(adapter.model).items()) or "nothing"
+
+
 def _fusion_run(
     adapter: DecoderAdapter, shapes: tuple[LayerShape, ...], attention: AttentionBackend
 ) -> tuple[Callable[[ForwardContext], object], ForwardContext]:
     """What `fuse` needs: one real forward pass of a few tokens over a pool of one block."""
-    ids = selfcheck.sample_ids(adapter.vocab_size)[0][:8]
+    ids = selfcheck.sample_ids(adapter.vocab_size)[0][:5]
     cache = PagedKVCache(shapes, 1, len(ids), adapter.model.dtype, adapter.device)
     batch = pack([SeqInput(ids.tolist(), 0, (0,), len(ids))], len(ids), adapter.device)
     context = PagedContext(cache, attention.prepare(batch), batch.slots)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.runtime.sampling_state import SamplingState
+from engine.runtime.transfer import to_device
 
 NEVER = float("-inf")
 
@@ -57,8 +58,8 @@ class LogitRules:
 
     def _penalise(self, flat: Tensor) -> None:
         cells, terms = zip(*(penalty.terms(self._vocab_size) for penalty in self._penalties), strict=True)
-        at = torch.from_numpy(np.concatenate(cells)).to(self._device)
-        repetition, subtracted = torch.from_numpy(np.concatenate(terms, axis=1)).to(self._device)
+        host = (torch.from_numpy(np.concatenate(cells)), torch.from_numpy(np.concatenate(terms, axis=1)))
+        at, (repetition, subtracted) = to_device(host, self._device)
         before = flat[at]
         flat[at] = torch.where(before > 0, before / repetition, before * repetition) - subtracted
 
@@ -95,4 +96,4 @@ def in_vocabulary(ids: Ids, vocab_size: int) -> npt.NDArray[np.bool_]:
 
 def _tensor(parts: Sequence[npt.NDArray[np.generic]], dtype: npt.DTypeLike, device: torch.device) -> Tensor:
     """The parts, one after the other."""
-    return torch.from_numpy(np.concatenate([np.empty(0, dtype=dtype), *parts])).to(device)
+    return to_device([torch.from_numpy(np.concatenate([np.empty(0, dtype=dtype), *parts]))], device)[0]

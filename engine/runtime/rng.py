@@ -19,6 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engine.runtime.transfer import to_device
+
 LANES = 8  # per block
 
 _MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
@@ -114,7 +116,7 @@ def bits_at(draws: Sequence[Draw], rows: Tensor, lanes: Tensor) -> Tensor:
 def _fields(draws: Sequence[Draw], device: torch.device | str) -> Tensor:
     """[5, rows] int64: seed, choice, position, purpose, step."""
     rows = [[_signed(field) for field in draw] for draw in draws]
-    return torch.tensor(rows, dtype=torch.int64).T.contiguous().to(device)
+    return to_device([torch.tensor(rows, dtype=torch.int64).T.contiguous()], torch.device(device))[0]
 
 
 def philox(blocks: Tensor, fields: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ from engine.models.context import PagedContext
 from engine.protocols import AttentionBackend
 from engine.runtime.batch import AttentionMode, SeqInput, pack
 from engine.runtime.kv_cache import PagedKVCache
+from engine.runtime.transfer import to_device
 
 
 class ModelRunner:
@@ -36,6 +37,5 @@ class ModelRunner:
         device = self.adapter.device
         batch = pack(inputs, self.cache.block_size, device, mode, block_length)
         context = PagedContext(self.cache, self.attention.prepare(batch), batch.slots)
-        return self.adapter.forward(
-            batch.ids, batch.positions, torch.tensor(rows, dtype=torch.long, device=device), context
-        )
+        (wanted,) = to_device([torch.tensor(rows, dtype=torch.long)], device)
+        return self.adapter.forward(batch.ids, batch.positions, wanted, context)

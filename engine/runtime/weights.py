@@ -22,7 +22,16 @@ from engine.runtime.linear import PackedLinear, pack_linear
 
 logger = logging.getLogger(__name__)
 # What a network of another kind, or a broken folder, raises while it is built.
-_LOAD_FAILURES = (AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+_LOAD_FAILURES = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 MADV_PAGEOUT = 21  # <linux/mman.h>; safe on any memory, unlike MADV_DONTNEED
 
 

@@ -150,6 +150,23 @@ def test_three_failed_steps_in_a_row_end_the_engine(tmp_path: Path, lag: int) ->
 
 
 @BOTH_LAGS
+@pytest.mark.parametrize("moment", ["submit", "result"])
+def test_a_worker_that_knows_its_device_is_dead_ends_the_engine_at_once(
+    tmp_path: Path, lag: int, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three more failing steps would only fail more requests, which another process could serve."""
+
+    def die(*_: object) -> None:
+        raise EngineDead("the device has failed")
+
+    core, _ = make(tmp_path, lag)
+    monkeypatch.setattr(FakeWorker if moment == "submit" else Done, moment, die)
+    core.add(request("a"))
+    with pytest.raises(EngineDead, match=r"^the device has failed"):
+        run(core)
+
+
+@BOTH_LAGS
 @pytest.mark.parametrize("steps", range(6))
 def test_abort_at_any_step_leaves_nothing_behind(tmp_path: Path, lag: int, steps: int) -> None:
     core, worker = make(tmp_path, lag)

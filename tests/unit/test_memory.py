@@ -8,7 +8,7 @@ import pytest
 
 from engine.config import EngineConfig, KVConfig, ModelConfig, SchedulerConfig
 from engine.errors import InsufficientMemory
-from engine.runtime.memory import activation_bytes, available_bytes, plan_pool, resident_bytes
+from engine.runtime.memory import activation_bytes, available_bytes, measured_budget, plan_pool, resident_bytes
 
 MIB = 1 << 20
 BLOCK = 1 * MIB  # bytes of a block of 16 tokens, in these tests
@@ -35,6 +35,24 @@ def test_measured_size_stops_at_four_gibibytes_or_one_sequence() -> None:
 
 def test_pool_is_no_larger_than_all_sequences_can_use() -> None:
     assert plan_pool(config("512MiB", seqs=2), BLOCK, 64, 1000 * MIB, 0) == (8, 64)
+
+
+def test_a_device_of_its_own_has_no_limit_but_what_was_measured() -> None:
+    budget = measured_budget(config(), total=100_000 * MIB, free=80_000 * MIB, own=20_000 * MIB)
+    assert budget == 70_000 * MIB  # 100,000 * 0.9 - 20,000
+    assert plan_pool(config(), BLOCK, 8192, 80_000 * MIB, 1000 * MIB, budget - 1000 * MIB) == (512 * 64, 8192)
+    assert plan_pool(config(seqs=10_000), BLOCK, 8192, 80_000 * MIB, 1000 * MIB, budget - 1000 * MIB)[0] == 69_000
+
+
+def test_a_device_is_shared_with_what_others_hold_and_with_our_other_models() -> None:
+    others_hold_half = measured_budget(config(), total=100 * MIB, free=50 * MIB, own=0)
+    assert others_hold_half == 40 * MIB  # a tenth of the device stays free
+    assert measured_budget(config(share=0.5), total=100 * MIB, free=90 * MIB, own=10 * MIB) == 35 * MIB
+
+
+def test_an_asked_size_is_checked_against_a_device_too() -> None:
+    with pytest.raises(InsufficientMemory, match=r"set kv\.memory to 90MiB or less"):
+        plan_pool(config("2GiB"), BLOCK, 512, 100 * MIB, 10 * MIB, 1 << 40)
 
 
 def test_share_divides_the_pool_between_models() -> None:
