@@ -16,6 +16,8 @@ PIPELINES = {
 }
 ATTENTION = {
     "sdpa": "engine.attention.sdpa:SdpaAttention",
+    "triton_paged": "engine.attention.triton_paged:TritonPagedAttention",  # what `auto` takes on CUDA devices
+    "flash": "engine.attention.flash:FlashAttention",  # only if asked for by name
     "paged_cpu": "engine.attention.paged_cpu:PagedCpuAttention",
 }
 DRAFTERS = {

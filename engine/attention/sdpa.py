@@ -30,6 +30,7 @@ class Group:
     query_positions: torch.Tensor  # [b, m]
     kv_lens: torch.Tensor  # [b]
     masks: dict[int | None, torch.Tensor | None]  # window -> additive mask [b, 1, m, L], None: everything is visible
+    tree: tuple[torch.Tensor, torch.Tensor] | None = None  # of TREE: starts [b, m], masks [b, m, words]
 
 
 @dataclass(slots=True, eq=False)
@@ -62,9 +63,12 @@ class SdpaStep:
     def mask(self, group: Group, window: int | None) -> torch.Tensor | None:
         """Additive mask [b, 1, m, L] of 0 and -inf, or None if every key is visible; made once per step and window."""
         if window not in group.masks:
-            visible = visibility(
-                self.mode, self.block_length, group.query_positions, group.kv_lens, group.size[2], window
-            )
+            if group.tree is None:
+                visible = visibility(
+                    self.mode, self.block_length, group.query_positions, group.kv_lens, group.size[2], window
+                )
+            else:
+                visible = tree_visibility(*group.tree, group.query_positions, group.kv_lens, group.size[2], window)
             mask = None
             if not bool(visible.all()):
                 mask = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, float("-inf"))[:, None]
@@ -99,6 +103,9 @@ def _group(batch: DeviceBatch, members: list[int]) -> Group:
     clamped = torch.minimum(positions[None], kv_lens[:, None] - 1)
     blocks = batch.block_tables[pick].long().gather(1, clamped // batch.block_size)
     begin = int(sum(batch.query_lens[: members[0]]))
+    tree = None
+    if batch.tree_starts is not None and batch.tree_masks is not None:
+        tree = batch.tree_starts[rows].view(len(members), -1), batch.tree_masks[rows].view(*pick.shape, query_len, -1)
     return Group(
         rows=slice(begin, begin + query_len * len(members)) if together else rows,
         slots=(blocks * batch.block_size + clamped % batch.block_size).flatten(),
@@ -106,6 +113,7 @@ def _group(batch: DeviceBatch, members: list[int]) -> Group:
         query_positions=batch.positions[rows].view(len(members), query_len),
         kv_lens=kv_lens,
         masks={},
+        tree=tree,
     )
 
 
@@ -134,6 +142,27 @@ def visibility(
         visible = visible & (keys > query - window)
         if mode is not AttentionMode.CAUSAL:
             visible = visible & (keys < query + window)
+    return visible
+
+
+def tree_visibility(
+    starts: torch.Tensor,
+    masks: torch.Tensor,
+    query_positions: torch.Tensor,
+    kv_lens: torch.Tensor,
+    size: int,
+    window: int | None,
+) -> torch.Tensor:
+    """`visibility` in mode TREE, for tree starts [b, m] and ancestor masks [b, m, words]; see `DeviceBatch`."""
+    keys = torch.arange(size, device=starts.device)
+    node = keys - starts[:, :, None]
+    bits = masks.gather(-1, (node // 64).clamp(0, masks.shape[-1] - 1)) >> (node % 64) & 1
+    on_path = (node >= 0) & (node < 64 * masks.shape[-1]) & bits.bool()
+    visible = ((node < 0) | on_path) & (keys < kv_lens[:, None])[:, None, :]
+    if window is not None:
+        fed = keys - kv_lens[:, None] + query_positions.shape[1]  # [b, size]: which of the queries a key is
+        places = query_positions.gather(1, fed.clamp(0, query_positions.shape[1] - 1))
+        visible = visible & (torch.where(fed >= 0, places, keys)[:, None] > query_positions[:, :, None] - window)
     return visible
 
 

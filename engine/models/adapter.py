@@ -3,7 +3,7 @@
 A registered attention function receives every layer's queries, keys and values and sends them through the
 ForwardContext that the caller passes down as a keyword argument; all sequences are packed into one row of
 tokens, told apart by their positions and by the batch. What this cannot serve is refused at load with a reason
-(`check_supported`, and the numerical self-check in `models/selfcheck.py`).
+(`models/support.py`, the probe, and the numerical self-check in `models/selfcheck.py`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
 from engine.errors import ModelLoadError
-from engine.models.context import ForwardContext, ProbeContext
+from engine.models.context import ContextSlot, ForwardContext, ProbeContext, Taps
+from engine.models.fused.backbone import FusedBackbone
+from engine.models.support import context_length, text_config, why_not_paged
+from engine.models.taps import tapped
 from engine.runtime.kv_cache import LayerShape
 
 ATTENTION_NAME = "slipstream_paged"
-_SERVED_LAYERS = {"full_attention", "sliding_attention"}
+# What a decoder layer may hand to its attention function beside what we use, and nothing of it changes the result here.
+_WITHOUT_EFFECT = frozenset(
+    {"dropout", "position_ids", "is_causal", "use_cache", "output_attentions", "output_router_logits"}
+)
 
 
 def _paged_attention(
@@ -25,20 +31,23 @@ def _paged_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,  # noqa: ARG001  always None for a function without a mask entry
+    attention_mask: torch.Tensor | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     slipstream: ForwardContext | None = None,
-    **_: object,
+    **rest: object,
 ) -> tuple[torch.Tensor, None]:
     """The attention function that `transformers` calls: query [1, heads, T, dim] -> ([1, T, heads, dim], None)."""
-    if slipstream is None:
-        raise ModelLoadError(f"{type(module).__name__} does not pass keyword arguments on to its attention function")
-    layer = module.layer_idx
-    assert isinstance(layer, int)
-    out = slipstream.attend(
+    context = slipstream
+    if context is None:
+        context = getattr(module, "slipstream_slot", ContextSlot()).context
+    layer = getattr(module, "layer_idx", None)
+    if context is None or not isinstance(layer, int):
+        raise ModelLoadError(f"{type(module).__name__} does not say which layer of which forward pass it is")
+    _check_call(module, attention_mask, rest)
+    out = context.attend(
         layer,
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -48,7 +57,21 @@ def _paged_attention(
         softcap=softcap,
         sinks=s_aux,
     )
-    return out.unsqueeze(0), None
+    return out.contiguous().unsqueeze(0), None  # some layers call view() on it
+
+
+def _check_call(module: torch.nn.Module, mask: torch.Tensor | None, rest: dict[str, object]) -> None:
+    """Refuse attention that asks for more than the pool can do: to ignore it would be silently wrong."""
+    name = type(module).__name__
+    if mask is not None:  # ours has no mask function, so the common masks are None
+        raise ModelLoadError(f"{name} masks its keys in a way of its own, which can't be served")
+    if rest.get("is_causal", getattr(module, "is_causal", None)) is False:
+        raise ModelLoadError(f"{name} attends to later tokens (an encoder); only decoders can be served")
+    if "logits_to_keep" in rest:  # handed down instead of used
+        raise ModelLoadError(f"{name}'s model scores every token of a pass instead of those asked for")
+    for option, given in rest.items():
+        if option not in _WITHOUT_EFFECT and given is not None:
+            raise ModelLoadError(f"{name} asks its attention for {option!r}, which can't be served")
 
 
 class DecoderAdapter:
@@ -57,9 +80,14 @@ class DecoderAdapter:
     def __init__(self, model: PreTrainedModel) -> None:
         AttentionInterface.register(ATTENTION_NAME, _paged_attention)
         self.model = model.eval()
-        self.config: PretrainedConfig = model.config.get_text_config()
+        self.config: PretrainedConfig = text_config(model.config)
         self.vocab_size: int = self.config.vocab_size
         self.num_layers: int = self.config.num_hidden_layers
+        self.context_length = context_length(model.config)
+        self._slot = ContextSlot()
+        for module in model.modules():
+            if hasattr(module, "layer_idx"):
+                module.slipstream_slot = self._slot  # type: ignore[assignment]  # torch's stub expects tensors
         model.set_attn_implementation(ATTENTION_NAME)
 
     @property
@@ -68,53 +96,50 @@ class DecoderAdapter:
 
     @torch.inference_mode()
     def forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, context: ForwardContext
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        rows: torch.Tensor,
+        context: ForwardContext,
+        taps: Taps | None = None,
     ) -> torch.Tensor:
         """Feed ids [T] at positions [T]; fp32 logits [len(rows), vocabulary] of the rows asked for."""
-        out = self.model(
-            input_ids=ids.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
-            use_cache=False,
-            logits_to_keep=rows,
-            slipstream=context,
-        )
+        if isinstance(self.model.base_model, FusedBackbone):  # takes the rows itself, before its last layer's products
+            wanted: dict[str, object] = {"rows": rows, "taps": taps}
+        else:
+            wanted = {"logits_to_keep": rows}
+        self._slot.context = context
+        try:
+            with tapped(self.model, None if "taps" in wanted else taps):
+                out = self.model(
+                    input_ids=ids.unsqueeze(0),
+                    position_ids=positions.unsqueeze(0),
+                    use_cache=False,
+                    slipstream=context,
+                    **wanted,
+                )
+        finally:
+            self._slot.context = None
         return out.logits[0].float()
 
     def probe(self) -> tuple[LayerShape, ...]:
-        """Shapes of all layers' cache entries, from one forward pass. Raises ModelLoadError if layers are missing."""
+        """Shapes of all layers' cache entries, from one forward pass. Raises ModelLoadError if it can't be paged."""
+        shapes = self.probe_layers().shapes
+        return tuple(shapes[layer] for layer in range(self.num_layers))
+
+    def probe_layers(self) -> ProbeContext:
+        """What one forward pass asks of its attention. Raises ModelLoadError if it can't be paged."""
         context = ProbeContext()
-        one = torch.zeros(1, dtype=torch.long, device=self.device)
-        self.forward(one, one, one, context)
-        if context.calls != self.num_layers or set(context.shapes) != set(range(self.num_layers)):
-            raise ModelLoadError(
-                f"{self.config.model_type}: {context.calls} attention calls in a pass of {self.num_layers} layers; "
-                "models with recurrent, shared or hybrid layers can't be served"
-            )
-        return tuple(context.shapes[i] for i in range(self.num_layers))
-
-
-def check_supported(config: PretrainedConfig) -> None:
-    """Refuse, from the configuration alone, what this adapter can't serve. Raises ModelLoadError with the reason."""
-    text = config.get_text_config()
-    if config.is_encoder_decoder:
-        raise ModelLoadError(f"{config.model_type}: an encoder-decoder model; only decoders can be served")
-    unknown = set(getattr(text, "layer_types", None) or ()) - _SERVED_LAYERS
-    if unknown:
-        raise ModelLoadError(f"{config.model_type}: layers of type {', '.join(sorted(unknown))} can't be served")
-
-
-def context_length(config: PretrainedConfig) -> int:
-    """Tokens that one sequence may have. `longrope` models get their original context.
-
-    `transformers` switches those from short to long factors for a whole forward pass when any position in it is
-    past the original context, so a request's tokens would depend on which other requests run beside it.
-    """
-    text = config.get_text_config()
-    declared = int(getattr(text, "max_position_embeddings", None) or 2048)
-    rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        original = rope.get("original_max_position_embeddings") or getattr(
-            text, "original_max_position_embeddings", None
-        )
-        return min(declared, int(original or declared))
-    return declared
+        kind = self.model.config.model_type
+        ids = torch.zeros(3, dtype=torch.long, device=self.device)
+        try:
+            logits = self.forward(ids, torch.arange(3, device=self.device), ids[:1], context)
+        except ModelLoadError as error:
+            raise ModelLoadError(f"{kind}: {error}") from error
+        except Exception as error:  # whatever a network of another kind may raise
+            raise ModelLoadError(f"{kind}: a pass over packed tokens fails: {type(error).__name__}: {error}") from error
+        if reason := why_not_paged(self.model, context.called, self.num_layers):
+            raise ModelLoadError(f"{kind}: {reason}")
+        if logits.shape[0] != 1:
+            raise ModelLoadError(f"{kind}: it scores every token of a pass instead of those asked for")
+        return context

@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from engine.protocols import StepAttention
-from engine.runtime.kv_cache import LayerShape, PagedKVCache
+from engine.runtime.kv_cache import LayerCache, LayerShape, PagedKVCache
+
+
+class Taps:
+    """Asks a forward pass for the hidden states after some of its layers (0 is the first layer's output).
+
+    After the pass, `states` holds [T, width] for each of `layers`, in the model's dtype, before the final norm.
+    """
+
+    def __init__(self, layers: Iterable[int]) -> None:
+        self.layers = frozenset(layers)
+        self.states: dict[int, torch.Tensor] = {}
 
 
 class ForwardContext(Protocol):
-    """The attention side of one forward pass. Layers call `attend` once each, in any order."""
+    """The attention side of one forward pass. Every layer attends once, in any order.
+
+    `attend` is all that most layers need. A layer that writes its own keys and values does so into the rows `slots` [T]
+    (int64) of `layer_cache`, then calls `attend_written`; where there is no pool, `layer_cache` is None.
+    """
+
+    @property
+    def slots(self) -> torch.Tensor: ...
+
+    def layer_cache(self, layer: int) -> LayerCache | None: ...
+
+    def attend_written(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `attend`, over keys and values that are in the pool already."""
+        ...
 
     def attend(
         self,
@@ -29,13 +64,36 @@ class ForwardContext(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class ContextSlot:
+    """The context of the pass under way, for layers that do not hand keyword arguments on to their attention."""
+
+    context: ForwardContext | None = None
+
+
 class PagedContext:
     """Writes a step's keys and values into the pool, then attends over it."""
 
     def __init__(self, cache: PagedKVCache, attention: StepAttention, slots: torch.Tensor) -> None:
         self._layers = cache.layers
         self._attention = attention
-        self._slots = slots
+        self.slots = slots
+
+    def layer_cache(self, layer: int) -> LayerCache:
+        return self._layers[layer]
+
+    def attend_written(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        cache = self._layers[layer]
+        return self._attention.attend(query, cache, scale=scale, window=window, softcap=softcap, sinks=sinks)
 
     def attend(
         self,
@@ -50,7 +108,7 @@ class PagedContext:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         cache = self._layers[layer]
-        cache.write(self._slots, key, value)
+        cache.write(self.slots, key, value)
         return self._attention.attend(query, cache, scale=scale, window=window, softcap=softcap, sinks=sinks)
 
 
@@ -58,8 +116,19 @@ class ProbeContext:
     """Attends to nothing and notes what each layer would cache; finds the pool's shapes before there is a pool."""
 
     def __init__(self) -> None:
+        self.called: list[int] = []  # layers in the order of their calls
         self.shapes: dict[int, LayerShape] = {}
-        self.calls = 0
+        self.windows: dict[int, int | None] = {}
+
+    @property
+    def slots(self) -> torch.Tensor:
+        raise AssertionError("a probe has no pool, so no slots")
+
+    def layer_cache(self, layer: int) -> None:  # noqa: ARG002
+        return None
+
+    def attend_written(self, *_: object, **__: object) -> torch.Tensor:
+        raise AssertionError("a probe has no pool, so nothing was written")
 
     def attend(
         self,
@@ -69,10 +138,11 @@ class ProbeContext:
         value: torch.Tensor,
         *,
         scale: float,  # noqa: ARG002  the contract's arguments, unused by a probe
-        window: int | None = None,  # noqa: ARG002
+        window: int | None = None,
         softcap: float | None = None,  # noqa: ARG002
         sinks: torch.Tensor | None = None,  # noqa: ARG002
     ) -> torch.Tensor:
-        self.calls += 1
+        self.called.append(layer)
         self.shapes[layer] = LayerShape(key.shape[1], key.shape[2], value.shape[2])
+        self.windows[layer] = window
         return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])

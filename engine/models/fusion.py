@@ -1,168 +1,48 @@
-"""Fusion by structure: sub-modules of a `transformers` model are replaced where a faster form proves equal.
+"""Fusion by structure: parts of a `transformers` model are replaced where a faster form proves equal.
 
-Merged query/key/value and gate/up projections and a direct path to the pool save most of what an eager
-decoder layer spends outside its matrix products. A candidate is recognised by its parts, never by its family's
-name; it is run on the inputs and against the output of the original, and is dropped if they differ.
+What makes a decoder layer slow besides its matrix products is everything around them: dozens of small operations, and
+Python between them. A candidate is recognised by its parts and by the tensors of one recorded pass, never by its
+family's name; it is compared with the original and dropped if they differ. Each level stands on the one before, and
+what is not recognised stays as it is, as the levels below it left it:
+
+1. norms, attention (one product for query, key and value; norms, rotation and KV write in one operation) and gated
+   MLPs, in place of the originals;
+2. decoder layers, which leave each sum to the next norm;
+3. the backbone: one loop from token ids to the last hidden states.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from engine.models.context import ForwardContext
+from engine.models.fused.attention import FusedAttention
+from engine.models.fused.backbone import FusedBackbone
+from engine.models.fused.layer import FusedLayer
+from engine.models.fused.mlp import FusedMLP
+from engine.models.fused.parts import FusedNorm, Reduce
+from engine.models.recognise.attention import find_attention
+from engine.models.recognise.backbone import find_backbone
+from engine.models.recognise.layers import find_layer
+from engine.models.recognise.mlp import find_mlp
+from engine.models.recognise.norms import find_norm
+from engine.models.recognise.record import record
+from engine.models.recognise.trace import Trace
+from engine.models.support import context_length
 
 logger = logging.getLogger(__name__)
-TOLERANCE = 1e-4  # of the largest output, in fp32
-
-
-@dataclass(frozen=True, slots=True)
-class AttendOptions:
-    """The constants that the original attention module hands to its attention function."""
-
-    scale: float
-    window: int | None
-    softcap: float | None
-    sinks: torch.Tensor | None
-
-
-class RecordingContext:
-    """Passes calls on to another context and notes each layer's options."""
-
-    def __init__(self, inner: ForwardContext) -> None:
-        self._inner = inner
-        self.options: dict[int, AttendOptions] = {}
-
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        self.options[layer] = AttendOptions(scale, window, softcap, sinks)
-        return self._inner.attend(layer, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding, half-split form: x [T, heads, dim], cos and signed_sin [T, 1, dim].
-
-    x * cos + (-x2, x1) * sin, with the sign moved into the first half of `signed_sin`.
-    """
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
-
-
-class FusedAttention(nn.Module):
-    """Attention with one query/key/value product. Same call and result as the module it replaces."""
-
-    def __init__(self, original: nn.Module, options: AttendOptions) -> None:
-        super().__init__()
-        self.layer_idx = _integer(original, "layer_idx")
-        self.head_dim = _integer(original, "head_dim")
-        self.options = options
-        projections = [original.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj")]
-        self.qkv = merge_linears(projections)
-        self.o_proj = original.get_submodule("o_proj")
-        self.q_norm: nn.Module | None = getattr(original, "q_norm", None)
-        self.k_norm: nn.Module | None = getattr(original, "k_norm", None)
-        self.heads = _integer(projections[0], "out_features") // self.head_dim
-        self.kv_heads = _integer(projections[1], "out_features") // self.head_dim
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        slipstream: ForwardContext,
-        **_: object,
-    ) -> tuple[torch.Tensor, None]:
-        """hidden_states [1, T, width] -> ([1, T, width], None)."""
-        cos, sin = position_embeddings
-        signed_sin = torch.cat((-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]), dim=-1)
-        cos, signed_sin = cos[0].unsqueeze(1), signed_sin[0].unsqueeze(1)
-        merged = self.qkv(hidden_states[0]).unflatten(-1, (-1, self.head_dim))  # [T, heads + 2 * kv_heads, dim]
-        roped = self.heads + self.kv_heads
-        value = merged[:, roped:]
-        if self.q_norm is None or self.k_norm is None:
-            both = rotate(merged[:, :roped], cos, signed_sin)
-            query, key = both[:, : self.heads], both[:, self.heads :]
-        else:
-            query = rotate(self.q_norm(merged[:, : self.heads]), cos, signed_sin)
-            key = rotate(self.k_norm(merged[:, self.heads : roped]), cos, signed_sin)
-        options = self.options
-        out = slipstream.attend(
-            self.layer_idx,
-            query,
-            key,
-            value,
-            scale=options.scale,
-            window=options.window,
-            softcap=options.softcap,
-            sinks=options.sinks,
-        )
-        return self.o_proj(out.flatten(1)).unsqueeze(0), None
-
-
-class FusedMLP(nn.Module):
-    """down(act(gate x) * up x) with gate and up as one product. Same call and result as the module it replaces."""
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        self.gate_up = merge_linears([original.get_submodule("gate_proj"), original.get_submodule("up_proj")])
-        self.down_proj = original.get_submodule("down_proj")
-        self.act_fn = original.get_submodule("act_fn")
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down_proj(self.act_fn(gate).mul_(up))
-
-
-def merge_linears(modules: list[nn.Module]) -> nn.Module:
-    """One linear layer whose output is the outputs of `modules` (all nn.Linear), one after another."""
-    tensors = [dict(module.named_parameters()) for module in modules]
-    weight = torch.cat([own["weight"].data for own in tensors])
-    merged = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in tensors[0], device="meta")
-    merged.weight = nn.Parameter(weight, requires_grad=False)
-    if "bias" in tensors[0]:
-        merged.bias = nn.Parameter(torch.cat([own["bias"].data for own in tensors]), requires_grad=False)
-    return merged
-
-
-def _integer(module: nn.Module, name: str) -> int:
-    value = getattr(module, name)
-    assert isinstance(value, int)
-    return value
-
-
-def _are_linears(module: nn.Module, names: tuple[str, ...]) -> bool:
-    """Whether all named children are plain linear layers over one input that all have, or all lack, a bias."""
-    layers = [getattr(module, name, None) for name in names]
-    # Exactly nn.Linear: a subclass may do more than multiply.
-    plain = [layer for layer in layers if isinstance(layer, nn.Linear) and type(layer) is nn.Linear]
-    return len(plain) == len(names) and len({(layer.bias is None, layer.in_features) for layer in plain}) == 1
-
-
-def _candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that look like gated MLPs or rotary attention with separate projections, by name."""
-    found = {}
-    for name, module in model.named_modules():
-        attention = _are_linears(module, ("q_proj", "k_proj", "v_proj")) and hasattr(module, "o_proj")
-        mlp = (
-            _are_linears(module, ("gate_proj", "up_proj"))
-            and hasattr(module, "down_proj")
-            and hasattr(module, "act_fn")
-        )
-        if (attention and hasattr(module, "head_dim") and hasattr(module, "layer_idx")) or mlp:
-            found[name] = module
-    return found
+LEVELS: dict[str, type[nn.Module]] = {
+    "backbone": FusedBackbone,
+    "layers": FusedLayer,
+    "attention": FusedAttention,
+    "MLPs": FusedMLP,
+    "norms": FusedNorm,
+}
 
 
 @torch.inference_mode()
@@ -172,62 +52,81 @@ def fuse(
     context: ForwardContext,
     finish: Callable[[nn.Module, nn.Module], object],
 ) -> int:
-    """Replace what can be replaced, in place; the number of fused modules.
+    """Replace what can be replaced, in place; the number of fused modules. `fused_levels` tells them apart.
 
-    `run(context)` does one forward pass of the whole model; it is called once, and every candidate is then
-    compared on the inputs it saw there. `finish` gets each pair (original, fused) after
-    they were compared (to pack the new weights and let go of the old ones).
+    `run(context)` does one forward pass of the whole model; it is called once. Its positions should span the context:
+    what changes at far positions only would be missed otherwise. `finish` gets each pair (original, fused) that has
+    new weights after they were compared (to pack them and let go of the old ones). A model can be fused once.
     """
-    recording = RecordingContext(context)
-    calls: dict[str, tuple[tuple[object, ...], dict[str, object], object]] = {}
-    hooks = []
-    for name, module in _candidates(model).items():
-
-        def record(
-            _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], out: object, name: str = name
-        ) -> None:
-            calls.setdefault(name, (args, kwargs, out))
-
-        hooks.append(module.register_forward_hook(record, with_kwargs=True))
-    try:
-        run(recording)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    fused = 0
-    for name, call in calls.items():
-        original = model.get_submodule(name)
-        replacement = _replace(model, name, call, recording.options)
-        if replacement is not None:
-            finish(original, replacement)
-            fused += 1
-    return fused
+    assert not fused_levels(model)
+    trace = record(model, run, context)
+    for name, module in list(model.named_modules()):
+        calls = trace.calls.get(name)
+        if calls and not _is_hooked(module):
+            _replace(model, name, find_norm(module, calls[0]))
+    for name, module in list(model.named_modules()):
+        if name in trace.calls and not isinstance(module, FusedNorm) and not _is_hooked(module):
+            fused = _find_block(name, module, trace, model, context)
+            if fused is not None and _replace(model, name, fused):
+                finish(module, fused)
+    for name, module in list(model.named_modules()):
+        if _holds(module, FusedAttention) and not _is_hooked(module, below=False):
+            _replace(model, name, find_layer(name, module, trace))
+    for name, module in list(model.named_modules()):
+        lists = [child for child in module.children() if isinstance(child, nn.ModuleList)]
+        if any(_holds(layers, FusedLayer) for layers in lists) and not _is_hooked(module, below=False):
+            _replace(model, name, find_backbone(name, module, trace, context, _length(model)))
+    return sum(fused_levels(model).values())
 
 
-def _replace(
-    model: nn.Module,
-    name: str,
-    call: tuple[tuple[object, ...], dict[str, object], object],
-    options: dict[int, AttendOptions],
-) -> nn.Module | None:
-    """Put a fused module in place of `name` if it gives the recorded output for the recorded input."""
-    args, kwargs, expected = call
-    original = model.get_submodule(name)
-    try:
-        if hasattr(original, "q_proj"):
-            fused: nn.Module = FusedAttention(original, options[_integer(original, "layer_idx")])
-        else:
-            fused = FusedMLP(original)
-        result = fused(*args, **kwargs)
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        logger.info("not fused: %s (%s)", name, error)
-        return None
-    want = expected[0] if isinstance(expected, tuple) else expected
-    got = result[0] if isinstance(result, tuple) else result
-    assert isinstance(want, torch.Tensor) and isinstance(got, torch.Tensor)
-    if got.shape != want.shape or not torch.allclose(got, want, rtol=0.0, atol=TOLERANCE * float(want.abs().max())):
-        logger.info("not fused: %s (its output differs)", name)
-        return None
+def fused_levels(model: nn.Module) -> dict[str, int]:
+    """How many modules of each level are fused, the highest first."""
+    counts = {level: sum(type(module) is kind for module in model.modules()) for level, kind in LEVELS.items()}
+    return {level: count for level, count in counts.items() if count}
+
+
+def set_reduce(model: nn.Module, reduce: Reduce | None) -> None:
+    """Have every fused layer pass what its attention and MLP return through `reduce` before it is added to the stream.
+
+    Where weights are one rank's slices, that is the sum over ranks (and their first rank alone holds the biases).
+    """
+    for module in model.modules():
+        if isinstance(module, FusedLayer):
+            module.reduce = reduce
+
+
+def _find_block(
+    name: str, module: nn.Module, trace: Trace, model: nn.Module, context: ForwardContext
+) -> FusedAttention | FusedMLP | None:
+    if name not in trace.attends:
+        return find_mlp(name, module, trace, model)
+    attention = find_attention(name, module, trace, model, context)
+    if attention is None:
+        logger.info("not fused: %s (attention of another kind)", name)
+    return attention
+
+
+def _replace(model: nn.Module, name: str, fused: nn.Module | None) -> bool:
+    """Put `fused` in the place of a module; False if there is none, or the model itself is that module."""
     parent, _, child = name.rpartition(".")
+    if fused is None or not name:
+        return False
+    fused.eval()
     setattr(model.get_submodule(parent), child, fused)
-    return fused
+    return True
+
+
+def _is_hooked(module: nn.Module, below: bool = True) -> bool:
+    """Whether someone listens to this module, or to one in it: a replacement would never call them."""
+    parts = module.modules() if below else (module,)
+    return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+
+
+def _holds(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return any(isinstance(child, kind) for child in module.children())
+
+
+def _length(model: nn.Module) -> int:
+    """Positions that one sequence may have."""
+    config = getattr(model, "config", None)
+    return context_length(config) if isinstance(config, PretrainedConfig) else 0

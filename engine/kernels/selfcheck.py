@@ -1,0 +1,95 @@
+"""Each native kernel against its torch twin on small random numbers, before it is trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from engine.kernels import native, reference
+from engine.kernels.layout import MODES, HeadLayout, PagedBatch
+from engine.kernels.native import Library
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    kv_heads: int = 2
+    key_dim: int = 20
+    value_dim: int = 28
+
+    @property
+    def width(self) -> int:
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Layer:
+    joint: torch.Tensor
+    shape: _Shape
+
+
+@torch.inference_mode()
+def largest_errors(library: Library) -> dict[str, float]:
+    """Kernel -> largest absolute difference from its twin, over a few shapes with odd sizes; NaN counts as infinite."""
+    random = torch.Generator().manual_seed(0)
+    checks = {"add_rms_norm": _norms, "gated_activation": _gates, "rope": _ropes, "attention": _attends}
+    errors = {}
+    for name, check in checks.items():
+        pairs = list(check(library, random))
+        errors[name] = max(float((got - want).abs().nan_to_num(float("inf")).max()) for got, want in pairs)
+    return errors
+
+
+_Pairs = Iterator[tuple[torch.Tensor, torch.Tensor]]
+
+
+def _norms(library: Library, random: torch.Generator) -> _Pairs:
+    x, residual, weight = (torch.randn(size, generator=random) for size in ((3, 37), (3, 37), (37,)))
+    ours, theirs = residual.clone(), residual.clone()
+    yield from zip(
+        native.add_rms_norm(library, x, ours, weight, 1e-5, 1.0),
+        reference.add_rms_norm(x, theirs, weight, 1e-5, 1.0),
+        strict=True,
+    )
+
+
+def _gates(library: Library, random: torch.Generator) -> _Pairs:
+    gate_up = torch.randn(3, 74, generator=random) * 3
+    for kind in reference.ACTIVATIONS:
+        yield native.gated_activation(library, gate_up, kind), reference.gated_activation(gate_up, kind)
+
+
+def _ropes(library: Library, random: torch.Generator) -> _Pairs:
+    shape, slots = _Shape(), torch.tensor([4, 0, 6])
+    qkv = torch.randn(3, 6 * shape.key_dim + shape.width, generator=random)
+    norm = torch.randn(shape.key_dim, generator=random)
+    cos, sin = torch.randn(3, 12, generator=random), torch.randn(3, 12, generator=random)
+    for interleaved in (False, True):
+        layout = HeadLayout(6, interleaved, query_norm=norm, key_norm=norm.flip(0))
+        ours, theirs = (_Layer(torch.zeros(8, shape.width), shape) for _ in range(2))
+        yield (
+            native.head_norm_rope_write(library, qkv, (cos, sin), slots, ours, layout),
+            reference.head_norm_rope_write(qkv, cos, sin, slots, theirs, layout),
+        )
+        yield ours.joint, theirs.joint
+
+
+def _attends(library: Library, random: torch.Generator) -> _Pairs:
+    """Decode, verification and prefill of three sequences in one batch, over scattered blocks."""
+    shape, lengths, kv_lens, block = _Shape(), (1, 5, 70), (300, 45, 130), 8
+    table = torch.randperm(64, generator=random, dtype=torch.int32)
+    tables = torch.stack([table[:38], table[12:50], table[26:]])
+    positions = torch.cat([torch.arange(kv - m, kv) for m, kv in zip(lengths, kv_lens, strict=True)])
+    layer = _Layer(torch.randn(64 * block, shape.width, generator=random), shape)
+    query, sinks = torch.randn(76, 6, shape.key_dim, generator=random), torch.randn(6, generator=random)
+    starts = torch.tensor([0, 1, 6, 76], dtype=torch.int32)
+    for mode in range(len(MODES)):
+        batch = PagedBatch(tables, starts, torch.tensor(kv_lens, dtype=torch.int32), positions, block, mode, 8)
+        for window, softcap, sink in ((None, None, None), (40, None, sinks), (None, 3.0, None)):
+            yield (
+                native.paged_attention(
+                    library, query, layer, batch, scale=0.3, window=window, softcap=softcap, sinks=sink
+                ),
+                reference.paged_attention(query, layer, batch, scale=0.3, window=window, softcap=softcap, sinks=sink),
+            )

@@ -1,0 +1,142 @@
+"""What a fused model shows of its inside: hidden states after its layers, chosen rows, hooks; and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from engine.attention.paged_cpu import PagedCpuAttention
+from engine.models.adapter import DecoderAdapter
+from engine.models.context import PagedContext, ProbeContext, Taps
+from engine.models.fused.attention import FusedAttention
+from engine.models.fused.layer import FusedLayer
+from engine.models.fusion import fused_levels
+from engine.runtime.batch import SeqInput, pack
+from engine.runtime.kv_cache import PagedKVCache
+from tests.contract import paged
+from tests.families import LAYERS, VOCAB, family, random_model
+
+TOKENS = 9
+# Residuals one after the other, norms after the blocks, parallel, scaled, absolute positions
+NAMES = ("llama", "gemma3_text", "olmo2", "cohere2", "granite", "gpt2")
+CLOSE = {"rtol": 0.0, "atol": 2e-4}
+
+
+class Lab:
+    """One adapter with a pool, and nine tokens."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.adapter = DecoderAdapter(model)
+        self.shapes = self.adapter.probe()
+        self.cache = PagedKVCache(self.shapes, 3, 4, torch.float32, paged.CPU)
+
+    def fuse(self) -> Lab:
+        paged.fuse_in_place(self.adapter, self.shapes, PagedCpuAttention())
+        return self
+
+    def layers(self) -> list[FusedLayer]:
+        return [module for module in self.adapter.model.modules() if isinstance(module, FusedLayer)]
+
+    def forward(self, rows: list[int] | None = None, taps: Taps | None = None) -> torch.Tensor:
+        batch = pack([SeqInput(list(range(3, 3 + TOKENS)), 0, (2, 0, 1), TOKENS)], 4, paged.CPU)
+        context = PagedContext(self.cache, PagedCpuAttention().prepare(batch), batch.slots)
+        wanted = torch.tensor(range(TOKENS) if rows is None else rows, dtype=torch.long)
+        return self.adapter.forward(batch.ids, batch.positions, wanted, context, taps)
+
+
+def lab(name: str) -> Lab:
+    return Lab(random_model(family(name).config()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("wanted", [(0,), (0, 2), (LAYERS - 1,), range(LAYERS), ()])
+def test_taps_are_the_outputs_of_layers(name: str, wanted: tuple[int, ...]) -> None:
+    plain, fused = lab(name), lab(name).fuse()
+    expected, got = Taps(wanted), Taps(wanted)
+    logits = plain.forward(taps=expected)
+    assert set(expected.states) == set(wanted)
+    # The last layer works on all rows if it is tapped, whatever rows the head is asked for.
+    torch.testing.assert_close(fused.forward(rows=[7, 2], taps=got), logits[[7, 2]], **CLOSE)
+    assert set(got.states) == set(wanted)
+    for layer in wanted:
+        assert got.states[layer].shape == (TOKENS, 64)
+        torch.testing.assert_close(got.states[layer], expected.states[layer], **CLOSE)
+
+
+def test_taps_of_fused_layers_without_a_fused_backbone() -> None:
+    model = random_model(family("llama").config())
+    model.get_submodule("model").register_forward_hook(lambda *_: None)  # keeps the backbone as it is
+    half, plain = Lab(model).fuse(), lab("llama")
+    assert fused_levels(model) == {"layers": LAYERS, "attention": LAYERS, "MLPs": LAYERS, "norms": 2 * LAYERS + 1}
+    expected, got = Taps((0, 2)), Taps((0, 2))
+    torch.testing.assert_close(half.forward(taps=got), plain.forward(taps=expected), **CLOSE)
+    for layer in (0, 2):
+        torch.testing.assert_close(got.states[layer], expected.states[layer], **CLOSE)
+    assert not any(layer._forward_hooks for layer in half.layers())  # gone with the pass
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rows", [[], [8], [0], [5, 1, 5]])
+def test_rows_are_rows_of_all_logits(name: str, rows: list[int]) -> None:
+    fused = lab(name).fuse()
+    got = fused.forward(rows=rows)
+    assert got.shape == (len(rows), VOCAB)
+    torch.testing.assert_close(got, fused.forward()[rows], rtol=0.0, atol=1e-5)
+
+
+def test_hook_on_a_fused_layer_sees_and_changes_its_output() -> None:
+    fused = lab("llama").fuse()
+    whole, taps = fused.forward(), Taps((1, 2))
+    fused.forward(taps=taps)
+    seen: list[torch.Tensor] = []
+    handle = fused.layers()[1].register_forward_hook(lambda _, __, out: seen.append(out[0].clone()))
+    torch.testing.assert_close(fused.forward(), whole, **CLOSE)
+    handle.remove()
+    torch.testing.assert_close(seen[0], taps.states[1], **CLOSE)
+    # Replaced by the output of the layer before, layer 2 is skipped; so is what a pre-hook hands in.
+    last = fused.layers()[2]
+    with last.register_forward_hook(lambda _, args, __: args[0]):
+        skipped = fused.forward(rows=[3])
+    torch.testing.assert_close(skipped, _head(fused, taps.states[1])[[3]], **CLOSE)
+    with last.register_forward_pre_hook(lambda _, args: (taps.states[1][None] * 0.5,)):
+        halved = fused.forward()
+    assert float((halved - whole).abs().max()) > 0.01
+
+
+def _head(fused: Lab, hidden: torch.Tensor) -> torch.Tensor:
+    model = fused.adapter.model
+    with torch.inference_mode():
+        return model.get_submodule("lm_head")(model.get_submodule("model.norm")(hidden))  # type: ignore[no-any-return]
+
+
+def test_hook_on_a_linear_layer_is_called() -> None:
+    fused, heard = lab("llama").fuse(), []
+    attention = next(module for module in fused.adapter.model.modules() if isinstance(module, FusedAttention))
+    attention.qkv.register_forward_hook(lambda _, args, out: heard.append((args[0].shape, out.shape)))
+    fused.forward()
+    assert heard == [((TOKENS, 64), (TOKENS, 128))]
+
+
+def test_hook_where_it_would_never_be_called_is_refused() -> None:
+    fused = lab("llama").fuse()
+    for part in (fused.layers()[0].self_attn, fused.layers()[0].mlp, fused.layers()[0].input_layernorm):
+        with pytest.raises(RuntimeError, match="hooks would not be called"):
+            part.register_forward_hook(lambda *_: None)  # type: ignore[operator, union-attr]
+        with pytest.raises(RuntimeError, match="hooks would not be called"):
+            part.register_forward_pre_hook(lambda *_: None)  # type: ignore[operator, union-attr]
+
+
+def test_what_a_fused_model_can_not_give_is_refused() -> None:
+    fused = lab("llama").fuse()
+    one = torch.zeros(1, 1, dtype=torch.long)
+    with pytest.raises(TypeError, match="output_hidden_states"):
+        fused.adapter.model(
+            input_ids=one, position_ids=one, use_cache=False, slipstream=ProbeContext(), output_hidden_states=True
+        )
+
+
+def test_probe_works_on_a_fused_model() -> None:
+    """Its layers write their own keys and values, but not where there is no pool."""
+    fused = lab("llama").fuse()
+    assert fused.adapter.probe() == fused.shapes
