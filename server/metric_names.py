@@ -42,7 +42,7 @@ GAUGES: Final = {
 # Read from the engine whenever the page is made. Exposed once the engine has started.
 HEALTH: Final = (
     "slipstream:engine_healthy",
-    "1 while the engine is alive and makes progress, else 0; as /health tells.",
+    "1 while the engine is alive and makes progress, else 0.",
 )
 
 COUNTERS: Final = {
