@@ -145,7 +145,8 @@ async def test_a_stop_string_ends_the_request_in_the_engine_too(served: Engine) 
     served.gate.allow(8)
     await read(served.engine, ask(26, 480, stop=("cd",)))
     await served.settle()
-    assert served.engine.stats.steps - begun < 12
+    # It takes 8 steps here; the abort may be a few late on a busy machine. All 480 tokens take 120 or more.
+    assert served.engine.stats.steps - begun < 60
 
 
 async def test_prompt_logprobs_come_once_with_the_first_event(served: Engine) -> None:
