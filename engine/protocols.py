@@ -95,6 +95,10 @@ class StepAttention(Protocol):
 class AttentionBackend(Protocol):
     """A way to attend over the paged pool: one file in `engine/attention` and one line in the registry."""
 
+    def check_block_size(self, block_size: int) -> None:
+        """Raises ConfigError for blocks of a size, in tokens, that it can't read."""
+        ...
+
     def prepare(self, batch: DeviceBatch) -> StepAttention:
         """Index work that all layers share; called once per step."""
         ...

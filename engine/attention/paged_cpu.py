@@ -51,6 +51,9 @@ class PagedCpuStep:
 class PagedCpuAttention:
     """See `protocols.AttentionBackend`. Stateless: what `prepare` returns serves one step."""
 
+    def check_block_size(self, block_size: int) -> None:
+        """Any will do."""
+
     def prepare(self, batch: DeviceBatch) -> StepAttention:
         found = library()
         if found is None or batch.mode.value not in MODES or not batch.block_tables.is_cpu:

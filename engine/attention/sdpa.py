@@ -79,6 +79,9 @@ class SdpaStep:
 class SdpaAttention:
     """See `protocols.AttentionBackend`. Stateless: masks live in what `prepare` returns, for one step."""
 
+    def check_block_size(self, block_size: int) -> None:
+        """Any will do."""
+
     def prepare(self, batch: DeviceBatch) -> SdpaStep:
         buckets: dict[tuple[int, int], list[int]] = {}
         for index, (query_len, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens_host, strict=True)):

@@ -103,7 +103,8 @@ def _visible(
     return seen
 
 
-@triton.jit
+# Numbers that change from step to step: none of them may be worth a compilation of its own.
+@triton.jit(do_not_specialize=["window", "block_length", "table_row"])
 def paged_attention(
     query, key, value, out, partial_out, partial_sum,
     items, kv_lens, query_positions, block_tables, tree_starts, tree_masks, sinks,

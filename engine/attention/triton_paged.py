@@ -28,5 +28,8 @@ class TritonPagedAttention:
         self._step = triton_step.TritonStep
         self._machine = machine or triton_step.machine(torch.cuda.current_device())
 
+    def check_block_size(self, block_size: int) -> None:
+        """Any will do."""
+
     def prepare(self, batch: DeviceBatch) -> TritonStep:
         return self._step(batch, self._machine)

@@ -95,7 +95,7 @@ def choose_tile(rows: int, layout: Layout, machine: Machine) -> Tile:
     # The sums of a tile lie in registers: 128 of a thread's 255 at most, half of that where operands are there too.
     while block_m * value_width > 8 * 32 * (128 if machine.wgmma else 64):
         block_m //= 2
-    warps = 8 if block_m * value_width >= 128 * 128 else 4
+    warps = 8 if block_m == 128 or block_m * value_width >= 128 * 128 else 4
     turn = (key_width + value_width) * layout.itemsize
     block_n, stages = min(128, max(MIN_DIM, _power_below(32768 // turn))), 3
 

@@ -36,6 +36,7 @@ class LocalWorker:
     def __init__(self, config: EngineConfig, folder: Path, on_phase: OnPhase) -> None:
         prepare_torch(config.parallel)
         loaded = load_checked(config.model, folder, on_phase)
+        loaded.attention.check_block_size(config.kv.block_size)
         self._device = loaded.placement.device
         with phase("KV pool", on_phase) as note:
             size = block_bytes(loaded.shapes, config.kv.block_size, loaded.placement.dtype)
