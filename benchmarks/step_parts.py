@@ -144,6 +144,9 @@ class WatchedAttention:
     inner: AttentionBackend
     parts: Parts
 
+    def check_block_size(self, block_size: int) -> None:
+        """Any will do."""
+
     def prepare(self, batch: DeviceBatch) -> WatchedStep:
         with self.parts.span("attention"):
             return WatchedStep(self.inner.prepare(batch), batch, self.parts)

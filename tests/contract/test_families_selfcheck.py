@@ -33,6 +33,9 @@ class Forgetful:
     forgets: str
     seen: list[object]
 
+    def check_block_size(self, block_size: int) -> None:
+        """Any will do."""
+
     def prepare(self, batch: DeviceBatch) -> StepAttention:
         return ForgetfulStep(SdpaAttention().prepare(batch), self)
 
