@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.client import BenchmarkError
+from benchmarks.stream import BenchmarkError
 
 POLL_SECONDS = 0.02
 STOP_SECONDS = 60.0

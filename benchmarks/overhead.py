@@ -34,11 +34,12 @@ from statistics import mean, median
 import msgspec
 
 from benchmarks import report, wire
-from benchmarks.client import BenchmarkError, Server, Timing
+from benchmarks.client import Server
 from benchmarks.engine_steps import TIMED_WORKER, Order, Step, full_steps, prompt_key, read_steps
 from benchmarks.launch import Launched, free_port, running
 from benchmarks.processes import OtherLoad
-from benchmarks.prompts import LICENCE, Prompts
+from benchmarks.prompts import Prompts, licence_text
+from benchmarks.stream import BenchmarkError, Timing
 
 STREAMS = 32
 NEW_TOKENS = 128
@@ -138,7 +139,7 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> list[Round]:
     command = [sys.executable, "-c", _SERVE, "serve", "--config", str(arguments.config), "--port", str(port)]
     with running(command, port, log, "/ready", READY_SECONDS) as launched:
         async with Server("slipstream", launched.url) as server:
-            text = LICENCE.read_text(encoding="utf-8")
+            text = licence_text()
             prompts = Prompts(text, lambda part: _count(server, part), int(time.time()) % 1_000_000)
             with LoneCore(arguments.config, arguments.cache_dir, lone_log) as lone:
                 warm_up = await encoded(server, prompts, arguments.streams, WARM_UP_TOKENS)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import threading
 import time
 from collections.abc import Collection, Iterable, Mapping
@@ -130,6 +132,21 @@ class OtherLoad:
         self.cores = used_by_others(self._before, after, excluded) / seconds if seconds else 0.0
 
 
+def memory_now(roots: Collection[int]) -> int:
+    """Bytes that the roots and all that descends from them hold together (PSS: shared pages are counted once)."""
+    return sum(map(_share, family(process_table(), roots)))
+
+
+def signal_family(roots: Collection[int], number: signal.Signals) -> None:
+    """Send a signal to the roots and all that descends from them, those included that are born meanwhile."""
+    reached: set[int] = set()
+    while new := family(process_table(), roots) - reached:
+        for pid in new:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        reached |= new
+
+
 class MemorySampler:
     """The memory of a process and all its descendants, sampled from a thread until `stop`.
 
@@ -162,13 +179,16 @@ class MemorySampler:
 
     def _sample(self) -> None:
         table = process_table()
-        total = 0
-        for pid in family(table, {self._root}):
-            total += _kilobytes(PROC / str(pid) / "smaps_rollup", "Pss:")
+        members = family(table, {self._root})
+        for pid in members:
             key = (pid, table[pid].started)
             highest = max(self._highest.get(key, 0), _kilobytes(PROC / str(pid) / "status", "VmHWM:"))
             self._highest = {**self._highest, key: highest}  # replaced, as another thread may be reading it
-        self.peak = max(self.peak, total)
+        self.peak = max(self.peak, sum(map(_share, members)))
+
+
+def _share(pid: int) -> int:
+    return _kilobytes(PROC / str(pid) / "smaps_rollup", "Pss:")
 
 
 def _kilobytes(path: Path, field: str) -> int:

@@ -8,11 +8,11 @@ still starts with nothing of the new run in its cache.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from importlib.metadata import distribution
 from pathlib import Path
 
 LENGTHS = (45, 64, 128, 256)  # tokens; mixed in turn
 PREFIX_LENGTH = 512
-LICENCE = Path(__file__).resolve().parents[1] / "LICENSE"
 CHARACTERS_PER_TOKEN = 4.4  # of English legal text, for servers that can't count
 FILLER = " a"  # one token in about every vocabulary
 STRIDE = 97  # words from the start of one prompt to the next one's; prime, so that all offsets come up
@@ -24,6 +24,14 @@ CountTokens = Callable[[str], Awaitable[int]]
 async def estimate_tokens(text: str) -> int:
     """About how many tokens a text has, without asking anybody."""
     return round(len(text) / CHARACTERS_PER_TOKEN)
+
+
+def licence_text() -> str:
+    """This project's licence, from the repository or from the installed package."""
+    file = Path(__file__).resolve().parents[1] / "LICENSE"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    return distribution("slipstream").read_text("licenses/LICENSE") or ""
 
 
 class Prompts:

@@ -50,6 +50,13 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """The same rows for a page."""
+    head, *body = rows
+    lines = [head, ["---", *("--:" for _ in head[1:])], *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def figure_table(title: str, figures: Mapping[str, Sequence[float]]) -> str:
     """One row per figure, its median and range."""
     return table([[title, "median (range)"], *([name, spread(values)] for name, values in figures.items())])

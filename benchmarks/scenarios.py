@@ -8,9 +8,10 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.client import Server, Timing
+from benchmarks.client import Server
 from benchmarks.prompts import Prompts
 from benchmarks.report import percentile
+from benchmarks.stream import Timing
 
 NEW_TOKENS = 128
 SINGLE_REQUESTS = 3  # one after the other in each round; their median counts
@@ -64,7 +65,7 @@ async def crowd(server: Server, prompts: Sequence[str], new_tokens: int, clients
     except ExceptionGroup as failed:  # one is enough to know
         raise failed.exceptions[0] from None
     seconds = time.monotonic() - began
-    gaps = [later.at - chunk.at for t in timings for chunk, later in zip(t.chunks, t.chunks[1:], strict=False)]
+    gaps = [gap for timing in timings for gap in timing.gaps]
     first = [timing.first_token for timing in timings]
     return {
         "output": sum(timing.completion_tokens for timing in timings) / seconds,

@@ -14,17 +14,19 @@ import contextlib
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import msgspec
 
 from benchmarks import report
-from benchmarks.client import BenchmarkError, Server
+from benchmarks.client import Server, find_counter
 from benchmarks.processes import OtherLoad, listeners
-from benchmarks.prompts import LICENCE, CountTokens, Prompts, estimate_tokens
+from benchmarks.prompts import Prompts, licence_text
 from benchmarks.scenarios import NEW_TOKENS, SCENARIOS, Scenario, Values
+from benchmarks.stream import BenchmarkError
 
 WARM_UP_TOKENS = 8
 
@@ -41,17 +43,23 @@ class Measurement:
 
 
 async def measure(
-    servers: Sequence[Server], scenarios: Sequence[Scenario], prompts: Prompts, rounds: int, new_tokens: int
+    servers: Sequence[Server],
+    scenarios: Sequence[Scenario],
+    prompts: Prompts,
+    rounds: int,
+    new_tokens: int,
+    turn: Callable[[Server], AbstractAsyncContextManager[None]] = lambda _server: contextlib.nullcontext(),
 ) -> list[Measurement]:
-    """A warm-up round with few tokens, then the rounds that count."""
+    """A warm-up round with few tokens, then the rounds that count. Each measurement is in a `turn` of its server."""
     found: list[Measurement] = []
     for number in range(rounds + 1):
         tokens = new_tokens if number else min(new_tokens, WARM_UP_TOKENS)
         for scenario in scenarios:
             texts = await scenario.prompts(prompts)
             for server in _rotated(servers, number):
-                with OtherLoad(listeners(server.url)) as load:
-                    values = await scenario.run(server, texts, tokens)
+                async with turn(server):
+                    with OtherLoad(listeners(server.url)) as load:
+                        values = await scenario.run(server, texts, tokens)
                 if number:
                     found.append(Measurement(scenario.name, server.name, number, values, load.cores))
                     _say(f"round {number}/{rounds}  {scenario.name:<11} {server.name:<14} {_line(scenario, values)}")
@@ -68,13 +76,13 @@ def _line(scenario: Scenario, values: Values) -> str:
     return "  ".join(f"{metric.title} {report.show(values[metric.key])}" for metric in scenario.metrics)
 
 
-def speed_table(found: Sequence[Measurement], scenarios: Sequence[Scenario], names: Sequence[str]) -> str:
-    """Medians and ranges for each server, then how many times better the first one is than each other."""
+def speed_table(found: Sequence[Measurement], scenarios: Sequence[Scenario], names: Sequence[str]) -> list[list[str]]:
+    """Rows: medians and ranges for each server, then how many times better the first one is than each other."""
     first, *others = names
     rows = [["", *names, *(f"{first} / {other}" for other in others)]]
     for scenario in scenarios:
         for metric in scenario.metrics:
-            columns = {name: _column(found, scenario.name, name, metric.key) for name in names}
+            columns = {name: column(found, scenario.name, name, metric.key) for name in names}
             ratios = (
                 report.paired_ratios(columns[first], columns[other], higher_is_better=metric.higher_is_better)
                 for other in others
@@ -82,10 +90,10 @@ def speed_table(found: Sequence[Measurement], scenarios: Sequence[Scenario], nam
             rows.append([metric.title, *map(report.spread, columns.values()), *map(report.spread, ratios)])
         loads = [[m.other_load for m in found if (m.scenario, m.server) == (scenario.name, name)] for name in names]
         rows.append([f"  beside it ({scenario.name}), cores", *map(report.spread, loads), *("" for _ in others)])
-    return report.table(rows)
+    return rows
 
 
-def _column(found: Sequence[Measurement], scenario: str, server: str, key: str) -> list[float]:
+def column(found: Sequence[Measurement], scenario: str, server: str, key: str) -> list[float]:
     """One figure over the rounds, in their order."""
     ordered = sorted(found, key=lambda m: m.round)
     return [m.values[key] for m in ordered if (m.scenario, m.server) == (scenario, server)]
@@ -104,24 +112,12 @@ def uneven_prompts(found: Sequence[Measurement]) -> list[str]:
     return complaints
 
 
-async def find_counter(servers: Sequence[Server]) -> tuple[CountTokens, str]:
-    """A way to count tokens through the first server that has /tokenize, and its name; else an estimate and ""."""
-    for server in servers:
-        if await server.tokenize("text") is not None:
-
-            async def count(text: str, server: Server = server) -> int:
-                return len(await server.tokenize(text) or ())
-
-            return count, server.name
-    return estimate_tokens, ""
-
-
 async def run(arguments: argparse.Namespace) -> int:
     scenarios = [s for s in SCENARIOS if not arguments.only or s.name in arguments.only]
     async with contextlib.AsyncExitStack() as stack:
         servers = [await stack.enter_async_context(Server(name, url)) for name, url in arguments.server]
         count_tokens, counted_by = await find_counter(servers)
-        prompts = Prompts(LICENCE.read_text(encoding="utf-8"), count_tokens, arguments.seed)
+        prompts = Prompts(licence_text(), count_tokens, arguments.seed)
         began = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         found = await measure(servers, scenarios, prompts, arguments.rounds, arguments.tokens)
     record = {
@@ -137,7 +133,7 @@ async def run(arguments: argparse.Namespace) -> int:
     }
     if arguments.json:
         arguments.json.write_bytes(msgspec.json.format(msgspec.json.encode(record)) + b"\n")
-    print(speed_table(found, scenarios, [server.name for server in servers]))
+    print(report.table(speed_table(found, scenarios, [server.name for server in servers])))
     print(f"\nmedian (lowest-highest) of {arguments.rounds} rounds; {record['machine']}; commit {record['commit']}")
     print(f"load of other processes, all rounds: {statistics.mean(m.other_load for m in found):.2f} cores on average")
     for complaint in (*uneven_prompts(found), *(() if counted_by else ("prompt lengths are estimates",))):

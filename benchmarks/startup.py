@@ -21,11 +21,12 @@ from pathlib import Path
 import msgspec
 
 from benchmarks import report
-from benchmarks.client import BenchmarkError, Server
+from benchmarks.client import Server
 from benchmarks.launch import ServerProcess, fill_in_port, free_port
 from benchmarks.processes import MemorySampler, OtherLoad
-from benchmarks.prompts import LICENCE, Prompts, estimate_tokens
+from benchmarks.prompts import Prompts, estimate_tokens, licence_text
 from benchmarks.scenarios import crowd
+from benchmarks.stream import BenchmarkError
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Start:
 async def put_load(url: str, requests: int, new_tokens: int, seed: int) -> None:
     """`requests` streamed completions at once."""
     async with Server("server", url) as server:
-        prompts = await Prompts(LICENCE.read_text(encoding="utf-8"), estimate_tokens, seed).mixed(requests)
+        prompts = await Prompts(licence_text(), estimate_tokens, seed).mixed(requests)
         await crowd(server, prompts, new_tokens, requests)
 
 

@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from benchmarks.client import BenchmarkError, Piece, Timing, completion_body, read_answer
+from benchmarks.client import completion_body
+from benchmarks.stream import BenchmarkError, Piece, Timing, read_answer
 
 
 class _Response(asyncio.Protocol):

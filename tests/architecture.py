@@ -89,7 +89,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("torch", "triton", "transformers"),
         (
-            *(*_TENSOR_ROOMS, "training.", "benchmarks.agreement"),
+            *(*_TENSOR_ROOMS, "training.", "benchmarks.agreement", "benchmarks.fusion"),
             *(f"benchmarks.step_{part}" for part in ("cases", "ceilings", "parts")),
         ),
     ),

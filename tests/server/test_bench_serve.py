@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import serve
+from benchmarks import client, serve
 from benchmarks.client import Server
 from benchmarks.null_server import Body, NullServer, Reply
 from benchmarks.serve_load import Outcome, Sender, closed_loop, open_loop, until_stopped
@@ -34,8 +34,8 @@ def jobs(count: int, max_tokens: int = 4) -> list[Job]:
 async def outcomes_of(
     server: NullServer, count: int, clients: int, *, path: str = PATH, timeout: float = 60.0
 ) -> Sequence[Outcome]:
-    async with Server("null", server.url) as client:
-        sender = Sender(client, path, timeout)
+    async with Server("null", server.url) as target:
+        sender = Sender(target, path, timeout)
         await closed_loop(sender, jobs(count), clients, None)
     return sorted(sender.outcomes, key=lambda outcome: outcome.number)
 
@@ -72,8 +72,8 @@ async def test_without_usage_chunks_are_counted_and_it_is_said() -> None:
 @pytest.mark.asyncio
 async def test_the_first_token_is_when_the_server_lets_it_go() -> None:
     gate = asyncio.Event()
-    async with scripted(Reply(gate=gate)) as server, Server("null", server.url) as client:
-        sender = Sender(client, PATH, 60.0)
+    async with scripted(Reply(gate=gate)) as server, Server("null", server.url) as target:
+        sender = Sender(target, PATH, 60.0)
         task = asyncio.ensure_future(sender.send(jobs(1)[0]))
         while not server.asked:
             await asyncio.sleep(0)
@@ -112,9 +112,13 @@ async def test_every_fault_is_counted_by_its_kind_and_hides_no_good_answer() -> 
 
 
 @pytest.mark.asyncio
-async def test_an_answer_that_never_comes_is_a_timeout() -> None:
+@pytest.mark.parametrize(("whole", "silence"), [(0.05, 60.0), (60.0, 0.05)])
+async def test_an_answer_that_never_comes_is_a_timeout(
+    whole: float, silence: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "READ_SECONDS", silence)
     async with scripted(Reply(gate=asyncio.Event())) as server:
-        (outcome,) = await outcomes_of(server, 1, 1, timeout=0.05)
+        (outcome,) = await outcomes_of(server, 1, 1, timeout=whole)
     assert (outcome.kind, outcome.timing) == ("timeout", None)
 
 
@@ -122,8 +126,8 @@ async def test_an_answer_that_never_comes_is_a_timeout() -> None:
 async def test_nobody_there_is_no_connection() -> None:
     with socket.socket() as bound:  # bound, but it does not listen
         bound.bind(("127.0.0.1", 0))
-        async with Server("null", f"http://127.0.0.1:{bound.getsockname()[1]}", model="m") as client:
-            sender = Sender(client, PATH, 60.0)
+        async with Server("null", f"http://127.0.0.1:{bound.getsockname()[1]}", model="m") as target:
+            sender = Sender(target, PATH, 60.0)
             await sender.send(jobs(1)[0])
     assert sender.outcomes[0].kind == "connect"
 
@@ -148,9 +152,20 @@ async def test_as_many_clients_as_asked_for_are_in_flight_at_once() -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_connection_is_used_again_until_it_is_to_be_forgotten() -> None:
+    async with NullServer() as server, Server("null", server.url) as target:
+        for _ in range(3):
+            await target.complete("one two", 2)
+        assert server.opened == 1
+        await target.forget_connections()
+        await target.complete("one two", 2)
+        assert server.opened == 2
+
+
+@pytest.mark.asyncio
 async def test_no_request_is_sent_after_the_duration() -> None:
-    async with NullServer() as server, Server("null", server.url) as client:
-        sender = Sender(client, PATH, 60.0)
+    async with NullServer() as server, Server("null", server.url) as target:
+        sender = Sender(target, PATH, 60.0)
         await closed_loop(sender, jobs(5), 2, 0.0)
     assert sender.outcomes == [] and server.asked == []
 
@@ -165,8 +180,8 @@ async def test_the_timetable_sends_however_many_still_run() -> None:
         return Reply(gate=gate)
 
     times = [0.0, 0.0, 0.01, 0.01, 0.02, 0.03]
-    async with NullServer(script) as server, Server("null", server.url) as client:
-        sender = Sender(client, PATH, 60.0)
+    async with NullServer(script) as server, Server("null", server.url) as target:
+        sender = Sender(target, PATH, 60.0)
         began = time.monotonic()
         await open_loop(sender, jobs(6), times)
     found = sorted(sender.outcomes, key=lambda outcome: outcome.number)
@@ -186,8 +201,8 @@ async def test_an_interrupt_keeps_what_was_answered_and_names_what_was_not() -> 
             stop.set()
         return Reply() if number < 2 else Reply(gate=never)
 
-    async with NullServer(script) as server, Server("null", server.url) as client:
-        sender = Sender(client, PATH, 60.0)
+    async with NullServer(script) as server, Server("null", server.url) as target:
+        sender = Sender(target, PATH, 60.0)
         assert not await until_stopped(closed_loop(sender, jobs(9), 3, None), stop)
         assert sender.in_flight == 0
     assert sorted(outcome.kind for outcome in sender.outcomes) == ["interrupted"] * 3 + ["ok"] * 2

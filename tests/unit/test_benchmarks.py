@@ -12,10 +12,11 @@ import httpx
 import pytest
 
 from benchmarks import engine_steps, launch, overhead, report, serving, startup
-from benchmarks.client import BenchmarkError, Chunk, Server, Timing, events, read_answer
+from benchmarks.client import Server
 from benchmarks.processes import MemorySampler, Process, family, listeners, parse_stat, process_table, used_by_others
 from benchmarks.prompts import LENGTHS, Prompts
 from benchmarks.scenarios import SCENARIOS, Values
+from benchmarks.stream import BenchmarkError, Chunk, Timing, events, read_answer
 from engine.types import Admission, Request, SamplingParams, SeqResult, StepOutput, StepPlan
 
 # ---- a stream becomes a timing ---------------------------------------------------------------------------
@@ -325,7 +326,7 @@ def test_the_table_compares_within_rounds() -> None:
         for number, value in enumerate(values)
     ]
     scenario = next(s for s in SCENARIOS if s.name == "8 clients")
-    text = serving.speed_table(found, [scenario], ["us", "peer"])
+    text = report.table(serving.speed_table(found, [scenario], ["us", "peer"]))
     cells = [part.strip() for part in text.splitlines()[2].split("  ") if part.strip()]
     assert cells == ["8 clients, tok/s", "30.0 (20.0-80.0)", "20.0 (10.0-30.0)", "2.00 (1.00-4.00)"]
     assert report.paired_ratios([2.0], [6.0], higher_is_better=False) == [3.0]
