@@ -12,11 +12,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from engine.attention.paged_cpu import PagedCpuAttention
+from engine.attention.sdpa import SdpaAttention
 from engine.models.adapter import DecoderAdapter
+from engine.models.context import ForwardContext, PagedContext
 from engine.models.fused.attention import RopeForm
-from engine.models.fused.backbone import MAX_TABLE_BYTES, RopeSource
+from engine.models.fused.backbone import MAX_TABLE_BYTES, FusedBackbone, RopeSource
 from engine.models.fused.parts import merge_linears
-from engine.models.fusion import fused_levels
+from engine.models.fusion import fuse, fused_levels
+from engine.runtime.batch import SeqInput, pack
+from engine.runtime.kv_cache import PagedKVCache
 from tests.contract import paged
 from tests.families import CONTEXT, LAYERS, VOCAB, family, random_model
 
@@ -78,6 +82,25 @@ def test_unfused_attention_leaves_the_rest() -> None:
     assert fusion.levels == WHOLE | {"MLPs": LAYERS} and fusion.error < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "olmo2", "ernie4_5", "granite", "glm4", "cohere2"])
+def test_levels_in_16_bits(name: str, dtype: torch.dtype) -> None:
+    """Results differ by rounding there, and some families keep cos and sin in fp32."""
+    adapter = DecoderAdapter(random_model(family(name).config()).to(dtype))  # type: ignore[arg-type]  # transformers' stub
+    batch = pack([SeqInput(list(range(3, 12)), 0, (0,), 9)], 9, paged.CPU)
+    cache = PagedKVCache(adapter.probe(), 1, 9, dtype, paged.CPU)
+    context = PagedContext(cache, SdpaAttention().prepare(batch), batch.slots)
+    positions = torch.linspace(0, CONTEXT - 1, 9).long()
+
+    def run(given: ForwardContext) -> torch.Tensor:
+        return adapter.forward(batch.ids, positions, torch.arange(9), given)
+
+    before = run(context)
+    fuse(adapter.model, run, context, lambda *_: None)
+    assert fused_levels(adapter.model) == LEVELS[name]
+    assert float((run(context) - before).abs().max()) < 0.05 * float(before.abs().max())
+
+
 # ---- planted differences: right parts, another formula ---------------------------------------------------
 
 
@@ -131,6 +154,10 @@ def leaky_layer(original: Callable[..., Any], _: nn.Module, hidden_states: torch
     return original(hidden_states, **kwargs) - 0.01 * hidden_states
 
 
+def clipped_layer(original: Callable[..., Any], _: nn.Module, hidden_states: torch.Tensor, **kwargs: object) -> object:
+    return original(hidden_states.clamp(-20.0, 20.0), **kwargs)
+
+
 def loud_backbone(original: Callable[..., Any], _: nn.Module, **kwargs: object) -> object:
     out = original(**kwargs)
     out.last_hidden_state = out.last_hidden_state * 1.001
@@ -154,6 +181,7 @@ def whole_but(**levels: int) -> dict[str, int]:
         ("layers.0.post_attention_layernorm", mean_free_norm, whole_but(norms=TWO - 1)),
         ("norm", mean_free_norm, whole_but(norms=TWO - 1)),
         ("layers.1", leaky_layer, whole_but(backbone=0, layers=LAYERS - 1)),
+        ("layers.1", clipped_layer, whole_but(backbone=0, layers=LAYERS - 1)),
         ("", loud_backbone, whole_but(backbone=0)),
     ],
 )
@@ -177,15 +205,21 @@ def company_rope(original: Callable[..., Any], _: nn.Module, x: torch.Tensor, po
     return cos * factor, sin * factor
 
 
+def only_source(model: PreTrainedModel) -> RopeSource:
+    backbone = model.get_submodule("model")
+    assert isinstance(backbone, FusedBackbone) and len(backbone.sources) == 1
+    return backbone.sources[0]
+
+
 def test_rotary_table_only_where_positions_alone_decide() -> None:
     model = random_model(family("llama").config())
     Fusion(model)
-    (source,) = model.get_submodule("model").sources
-    assert source.cos.shape == source.sin.shape == (CONTEXT, 16)
+    source = only_source(model)
+    assert source.cos is not None and source.cos.shape == (CONTEXT, 16)
     model = random_model(family("llama").config())
     altered(model.get_submodule("model.rotary_emb"), company_rope)
     fusion = Fusion(model)
-    (source,) = model.get_submodule("model").sources
+    source = only_source(model)
     assert source.cos is None and fusion.levels["backbone"] == 1 and fusion.error < 1e-5
 
 

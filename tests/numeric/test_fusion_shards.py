@@ -73,10 +73,9 @@ def slice_for(model: PreTrainedModel, rank: int) -> PreTrainedModel:
         dim = 0 if style == "colwise" else 1
         module.weight = nn.Parameter(module.weight.chunk(RANKS, dim)[rank].clone())
         module.out_features, module.in_features = module.weight.shape
-        if module.bias is not None and style == "colwise":
-            module.bias = nn.Parameter(module.bias.chunk(RANKS)[rank].clone())
-        elif module.bias is not None and rank > 0:
-            module.bias = nn.Parameter(torch.zeros_like(module.bias))
+        for bias in (own for key, own in module.named_parameters() if key == "bias"):
+            part = bias.chunk(RANKS)[rank] if style == "colwise" else bias * (rank == 0)
+            module.bias = nn.Parameter(part.detach().clone())
         split += 1
     assert split == 7 * LAYERS
     return mine

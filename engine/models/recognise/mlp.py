@@ -90,7 +90,7 @@ def _build(first: list[nn.Module], down: nn.Module, swapped: bool, kind: str, mo
 
 
 def _agree(module: nn.Module, fused: FusedMLP, x: torch.Tensor) -> bool:
-    """For the recorded input and a larger one, which shows clamps. Twice the tokens show what depends on their number."""
+    """For the recorded input and a larger one, which shows clamps; twice the tokens, which shows if they count."""
     both = torch.cat((x, x * LARGE), dim=-2)
     got, want = fused(both), module(both)
     return close(got.flatten(0, -2), want.flatten(0, -2))
