@@ -102,8 +102,9 @@ class Bench:
         ratios = [drafting.speed / plain.speed for plain, drafting in pairs]
         plain, drafting = (median(pair[i].speed for pair in pairs) for i in (0, 1))
         last = pairs[-1][1]
+        spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
         print(
-            f"{name:23s} {plain:7.1f} {drafting:7.1f} tok/s  {median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})"
+            f"{name:23s} {plain:7.1f} {drafting:7.1f} tok/s  {median(ratios):.2f}x ({spread})"
             f"   {last.tokens / last.steps / len(requests):.2f} tokens per step and request,"
             f" {last.accepted} of {last.drafted} drafted accepted, same tokens: {equal}"
         )

@@ -67,7 +67,7 @@ class ModelConfig:
     pipeline: str = "autoregressive"
     device: str = "auto"  # cpu, cuda or cuda:N; auto: cuda where there is one
     dtype: str = "auto"  # of weights, activations and KV; auto: float32 on a CPU, else the checkpoint's own 16 bits
-    # CPU linears: fp16-packed weights with fp32 activations, or none (exact); auto: fp16 on a CPU with float32, else none
+    # CPU linears: fp16-packed weights with fp32 activations, or none (exact); auto: fp16 on a CPU in float32, else none
     quant: str = "auto"
     attention: str = "auto"  # a name in registry.ATTENTION; auto: the fastest that runs on the device
     load_format: str = "safetensors"  # dummy: random weights of the configuration's shape, to measure with
