@@ -2,7 +2,7 @@
 #include "rows.h"
 #include "vec.h"
 
-/* Mirrored by ops.GATED. Rows are counted in floats. */
+/* Mirrored by native.GATED. Rows are counted in floats. */
 typedef struct {
     const float *gate_up;
     float *out;

@@ -7,11 +7,10 @@
 #include <omp.h>
 #endif
 
-#define SPLIT_KEYS 128  /* shortest split of few rows; of many: TILE_SPLIT_KEYS */
+#define SPLIT_KEYS 256 /* shortest split */
 #define MOST_SPLITS 32
-#define TILE_SPLIT_KEYS 256
 #define ENOUGH_UNITS 16 /* a sequence of many rows is split until it has so many units */
-#define PARALLEL_WORK 800000 /* what one thread does in the time (30 us) that waking another takes */
+#define PARALLEL_WORK 400000 /* below this, some 15 us of work, no other thread is woken */
 
 typedef struct {
     int32_t task, split;
@@ -59,7 +58,7 @@ static int64_t plan_sequence(const Plan *plan, int64_t seq, Task *tasks) {
         task->keys.high = row_range(plan, task, task->rows - 1).high;
         int64_t span = task->keys.high - task->keys.low;
         int64_t wanted = (ENOUGH_UNITS + count - 1) / count;
-        cut(task, few ? (span + SPLIT_KEYS - 1) / SPLIT_KEYS : min64(wanted, span / TILE_SPLIT_KEYS));
+        cut(task, few ? (span + SPLIT_KEYS - 1) / SPLIT_KEYS : min64(wanted, span / SPLIT_KEYS));
     }
     return count;
 }
@@ -200,7 +199,7 @@ static void *make_room(Work *work, int threads) {
 static int in_bounds(const Problem *p) {
     for (int64_t seq = 0; seq < p->num_seqs; seq++)
         if (p->starts[seq] < 0 || p->starts[seq + 1] < p->starts[seq] || p->starts[seq + 1] > p->num_tokens) return 0;
-    return p->num_blocks > 0 || p->num_tokens == 0;
+    return p->num_slots >= p->block_size || p->num_tokens == 0;
 }
 
 /* 0; 1 if a sequence reaches outside its tokens, its block table or the pool; 2 if there is no memory. */

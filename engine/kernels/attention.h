@@ -20,16 +20,18 @@
 #define TILE_KEYS 128
 #define LOG2E 1.44269504f
 
-/* Mirrored by ops.ATTENTION. Rows are counted in floats. */
+/* Mirrored by native.ATTENTION; the first ten fields by layout.PagedBatch. Rows are counted in floats. */
 typedef struct {
-    const float *query, *pool, *sinks; /* sinks [heads] or null */
-    float *out;                        /* [tokens, heads, value_dim] */
     const int32_t *tables, *starts, *kv_lens;
     const int64_t *positions;
-    int64_t query_row, query_head, pool_row, table_row;
-    int64_t num_seqs, num_tokens, num_blocks, block_size, heads, kv_heads, key_dim, value_dim;
-    int64_t mode, block_length, window; /* mode: 0 causal, 1 block-causal, 2 bidirectional; window 0: none */
-    float scale, softcap;               /* softcap 0: none */
+    int64_t table_row, num_seqs, num_tokens, block_size;
+    int64_t mode, block_length; /* mode: 0 causal, 1 block-causal, 2 bidirectional */
+    const float *query, *pool, *sinks; /* sinks [heads] or null */
+    float *out;                        /* [tokens, heads, value_dim] */
+    int64_t query_row, query_head, pool_row, num_slots;
+    int64_t heads, kv_heads, key_dim, value_dim;
+    int64_t window;       /* 0: none */
+    float scale, softcap; /* softcap 0: none */
     int32_t threads;
 } Problem;
 
@@ -95,7 +97,7 @@ INLINE void pool_rows(Plan *plan, int64_t seq, int64_t begin, int64_t end, const
     int64_t page = begin / p->block_size, offset = begin % p->block_size;
     while (begin < end) {
         int64_t block = page < p->table_row ? table[page] : -1;
-        if (block < 0 || block >= p->num_blocks) {
+        if (block < 0 || block >= p->num_slots / p->block_size) {
             atomic_store(&plan->stray, 1);
             block = 0;
         }

@@ -111,6 +111,7 @@ void attend_few(Plan *plan, const Task *task, Range keys, Gathered *done, float 
     for (int64_t row = 0; row < rows; row++) seen[row] = row_range(plan, task, row);
     Step step = {.count = min64(FEW_KEYS, keys.high - keys.low)};
     pool_rows(plan, task->seq, keys.low, keys.low + step.count, pointers[0]);
+    for (int64_t k = 0; k < step.count; k++) fetch(pointers[0][k], p->kv_heads * (p->key_dim + p->value_dim));
     for (int turn = 0; keys.low < keys.high; turn ^= 1) {
         int64_t after = keys.low + step.count;
         step.now = pointers[turn];

@@ -122,7 +122,8 @@ def compile_library(compiler: Compiler, variant: Variant, target: Path) -> None:
             )
             if done.returncode != 0:
                 lines = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()
-                raise BuildError(f"{compiler.path} failed: {lines[0][:300]}")
+                reason = next((line for line in lines if "error" in line), lines[0])
+                raise BuildError(f"{compiler.path} failed: {reason[:300]}")
             body = out.read_bytes()
             with out.open("ab") as file:
                 file.write(SEAL + hashlib.sha256(body).digest())

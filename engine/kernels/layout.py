@@ -62,17 +62,15 @@ class PagedBatch:
     block_size: int
     mode: int  # index into MODES
     block_length: int
-    # Read once per step, not once per layer.
-    num_seqs: int = field(init=False)
     num_tokens: int = field(init=False)
-    table_row: int = field(init=False)
-    addresses: tuple[int, ...] = field(init=False)
+    fields: tuple[int, ...] = field(init=False)  # addresses and sizes as the C code takes them, for all layers
 
     def __post_init__(self) -> None:
         tensors = (self.tables, self.starts, self.kv_lens, self.positions)
         assert all(tensor.is_contiguous() for tensor in tensors)
         assert [tensor.dtype for tensor in tensors] == [torch.int32, torch.int32, torch.int32, torch.int64]
-        self.num_seqs, self.table_row = self.tables.shape
-        self.num_tokens = self.positions.shape[0]
-        assert self.kv_lens.shape[0] == self.num_seqs == self.starts.shape[0] - 1
-        self.addresses = tuple(tensor.data_ptr() for tensor in tensors)
+        (num_seqs, table_row), (self.num_tokens,) = self.tables.shape, self.positions.shape
+        assert self.kv_lens.shape[0] == num_seqs == self.starts.shape[0] - 1
+        addresses = (tensor.data_ptr() for tensor in tensors)
+        sizes = (table_row, num_seqs, self.num_tokens, self.block_size, self.mode, self.block_length)
+        self.fields = (*addresses, *sizes)

@@ -21,7 +21,7 @@ from engine.kernels.reference import ACTIVATIONS
 GATED = Struct("@2P4q2i")
 ADD_NORM = Struct("@4P5q2fi")
 ROPE_WRITE = Struct("@8P13q2f2i")
-ATTENTION = Struct("@8P15q2fi")
+ATTENTION = Struct("@4P6q4P9q2fi")
 
 _KINDS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _Call = Callable[[bytes], int]
@@ -63,8 +63,28 @@ def fits(x: torch.Tensor) -> bool:
 
 
 def plain(weight: torch.Tensor) -> bool:
-    """A contiguous vector of float32 in this machine's memory."""
-    return weight.dtype is torch.float32 and weight.is_cpu and weight.ndim == 1 and weight.is_contiguous()
+    """A contiguous vector of float32 in this machine's memory, which nobody wants gradients of."""
+    return (
+        weight.dtype is torch.float32
+        and weight.is_cpu
+        and weight.ndim == 1
+        and weight.is_contiguous()
+        and not (weight.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def fits_rope(
+    qkv: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, cache: PoolLayer, layout: HeadLayout
+) -> bool:
+    """Whether the C code can take these."""
+    return (
+        fits(qkv)
+        and fits(cache.joint)
+        and (cos is None or fits(cos))
+        and (sin is None or fits(sin))
+        and (layout.query_norm is None or plain(layout.query_norm))
+        and (layout.key_norm is None or plain(layout.key_norm))
+    )
 
 
 def add_rms_norm(
@@ -133,11 +153,10 @@ def head_norm_rope_write(
     cache: PoolLayer,
     layout: HeadLayout,
 ) -> torch.Tensor:
-    """See `ops.head_norm_rope_write`; qkv, cos, sin and the pool must fit. Raises IndexError for a stray slot."""
+    """See `ops.head_norm_rope_write`; all must fit (`fits_rope`). Raises IndexError for a stray slot."""
     shape, pool, heads = cache.shape, cache.joint, layout.heads
     kv_heads, key_dim = shape.kv_heads, shape.key_dim
-    rows, width = qkv.shape
-    num_slots, pool_width = pool.shape
+    (rows, width), (num_slots, pool_width) = qkv.shape, pool.shape
     assert pool_width == shape.width and width == heads * key_dim + pool_width
     assert slots.shape == (rows,) and slots.dtype is torch.int64 and slots.is_contiguous()
     query = torch.empty(rows, heads, key_dim, dtype=torch.float32)
@@ -188,7 +207,7 @@ def _rope(cos: torch.Tensor, sin: torch.Tensor, rows: int, key_dim: int) -> tupl
 def _norm(weight: torch.Tensor, section: int) -> tuple[int, int]:
     """Address and width of a norm over a section of that many floats."""
     width = weight.shape[0]
-    assert section % width == 0 and plain(weight)
+    assert section % width == 0
     return weight.data_ptr(), width
 
 
@@ -219,43 +238,42 @@ def paged_attention(
 
     Raises IndexError if a sequence reaches outside its tokens, its block table or the pool, and MemoryError.
     """
-    shape, pool, block_size = cache.shape, cache.joint, batch.block_size
-    tokens, heads, key_dim = query.shape
+    shape, pool = cache.shape, cache.joint
+    (tokens, heads, key_dim), (num_slots, pool_width) = query.shape, pool.shape
     kv_heads, value_dim = shape.kv_heads, shape.value_dim
-    num_slots, pool_width = pool.shape
     assert key_dim == shape.key_dim and heads % kv_heads == 0 and tokens == batch.num_tokens
     assert pool_width == shape.width and (sinks is None or sinks.shape[0] == heads)
     out = torch.empty(tokens, heads, value_dim, dtype=torch.float32)
     query_row, query_head, _ = query.stride()
     failed = library.paged_attention(
         ATTENTION.pack(
+            *batch.fields,
             query.data_ptr(),
             pool.data_ptr(),
             0 if sinks is None else sinks.data_ptr(),
             out.data_ptr(),
-            *batch.addresses,
             query_row,
             query_head,
             pool.stride()[0],
-            batch.table_row,
-            batch.num_seqs,
-            tokens,
-            num_slots // block_size,
-            block_size,
+            num_slots,
             heads,
             kv_heads,
             key_dim,
             value_dim,
-            batch.mode,
-            batch.block_length,
             window or 0,
             scale,
             softcap or 0.0,
             torch.get_num_threads(),
         )
     )
-    if failed == 1:
-        raise IndexError(f"a sequence reaches outside its tokens, its block table or the {num_slots} slots of the pool")
     if failed:
-        raise MemoryError("no memory for the partial results of attention")
+        raise _failure(failed, num_slots)
     return out
+
+
+def _failure(code: int, num_slots: int) -> Exception:
+    if code == 1:
+        return IndexError(
+            f"a sequence reaches outside its tokens, its block table or the {num_slots} slots of the pool"
+        )
+    return MemoryError("no memory for the partial results of attention")

@@ -2,7 +2,7 @@
 #include "norms.h"
 #include "rows.h"
 
-/* Mirrored by ops.ADD_NORM. Rows are counted in floats; `residual` may be null: then the norm is x's own. */
+/* Mirrored by native.ADD_NORM. Rows are counted in floats; `residual` may be null: then the norm is x's own. */
 typedef struct {
     const float *x, *weight;
     float *residual, *out;

@@ -1,6 +1,6 @@
 """The kernels of this room, for any device and dtype: C code where it stands and fits, its torch twin elsewhere.
 
-Rows may be strided; the last dimension is contiguous. No operation reads or writes past the shapes it is given.
+Rows may lie apart. Where gradients are wanted the twins serve, so these may stand in models that are trained.
 """
 
 from __future__ import annotations
@@ -51,11 +51,9 @@ def head_norm_rope_write(
     x * cos + partner(x) * sin, elementwise, so each cos stands at the place of the dimension that it multiplies.
     Keys and values go into the pool's rows `slots` [T] (int64).
     """
-    if native.fits(qkv) and native.fits(cache.joint) and (found := library()) is not None:
-        if cos is None or sin is None:
-            return native.head_norm_rope_write(found, qkv, None, slots, cache, layout)
-        if native.fits(cos) and native.fits(sin):
-            return native.head_norm_rope_write(found, qkv, (cos, sin), slots, cache, layout)
+    if native.fits_rope(qkv, cos, sin, cache, layout) and (found := library()) is not None:
+        rope = None if cos is None or sin is None else (cos, sin)
+        return native.head_norm_rope_write(found, qkv, rope, slots, cache, layout)
     return reference.head_norm_rope_write(qkv, cos, sin, slots, cache, layout)
 
 

@@ -80,8 +80,10 @@ def gated_activation(gate_up: torch.Tensor, kind: str, out: torch.Tensor | None 
         active = F.silu(gate)
     elif kind == "relu":
         active = F.relu(gate)
-    else:
+    elif kind in ("gelu", "gelu_tanh"):
         active = F.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none")
+    else:
+        raise KeyError(kind)
     product = active * up
     return product if out is None else out.copy_(product)
 

@@ -5,7 +5,7 @@
 #include "norms.h"
 #include "rows.h"
 
-/* Mirrored by ops.ROPE_WRITE. Rows are counted in floats. */
+/* Mirrored by native.ROPE_WRITE. Rows are counted in floats. */
 typedef struct {
     const float *qkv, *cos, *sin; /* cos and sin may be null with rotary = 0 */
     const float *query_norm, *key_norm; /* or null */

@@ -275,6 +275,18 @@ def test_gradients_pass_through_ops() -> None:
         x = noise(2, 8).clone().requires_grad_()
         ops.add_rms_norm(x, None, torch.ones(8), 1e-5)[0].sum().backward()
         assert x.grad is not None and x.grad.abs().sum() > 0
+        weight = torch.ones(8, requires_grad=True)
+        ops.add_rms_norm(noise(2, 8), None, weight, 1e-5)[0].sum().backward()
+        assert weight.grad is not None and weight.grad.abs().sum() > 0
+        pool = LayerCache(torch.zeros(3, 8), LayerShape(1, 4, 4))
+        layout = HeadLayout(2, query_norm=torch.ones(4, requires_grad=True))
+        ops.head_norm_rope_write(noise(1, 16), None, None, torch.tensor([2]), pool, layout).sum().backward()
+        assert layout.query_norm is not None and layout.query_norm.grad is not None
+
+
+def test_unknown_activation_is_an_error(kernels: Kernels) -> None:
+    with pytest.raises(KeyError):
+        kernels.gated_activation(noise(1, 4), "swish")
 
 
 @pytest.mark.parametrize("variant", VARIANTS[:1])
