@@ -18,6 +18,8 @@ from tests.contract.test_ladder import RUNGS, SAMPLING, alone, workload
 from tests.tiny import FAMILIES, save_tiny
 
 MAX_DRAFT = 6
+# Drafted answers end sooner, so fewer run at once: memory must be scarcer for any of them to be preempted.
+TIGHTER = {name: {**rung, "num_blocks": 7} if "preempted" in name else rung for name, rung in RUNGS.items()}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -54,7 +56,7 @@ def test_drafts_change_no_token(workers: dict[str, Worker], sampling: str) -> No
     # Seeded answers of random weights do not repeat themselves: look-up would have nothing to say there.
     for drafter in ("ngram", "oracle") if sampling == "greedy" else ("oracle",):
         accepted = 0
-        for name, options in RUNGS.items():
+        for name, options in TIGHTER.items():
             ladder = Ladder(workers[drafter], **options)
             ties = assert_same(expected, ladder.run(requests))
             assert ties == 0, f"{drafter}, {name}: {ties} near-ties in fp32"
