@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--max-draft", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="scenarios whose names begin so")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     folder = resolve(options.model, CACHE_DIR.expanduser())
@@ -139,14 +140,17 @@ def main() -> None:
     for kind, prompts, temperature in (("repeating", REPEATING, 0.0), ("ordinary", ORDINARY, 1.0)):
         scenarios += [(f"{kind}, {count} streams", prompts, count, temperature) for count in (8, 32)]
     found = []
-    for name, prompts, count, temperature in scenarios:
+    for name, prompts, count, temperature in (row for row in scenarios if row[0].startswith(options.only)):
         requests = bench.requests(prompts, count, options.tokens, temperature)
         found.append(bench.compare(name, requests, options.rounds))
     for kind in ("repeating", "ordinary"):
         ratios = [float(str(row["ratio"])) for row in found if str(row["scenario"]).startswith(f"{kind} ")]
+        if not ratios:
+            continue
         print(f"{kind}, 1 stream: median {median(ratios):.2f}x, worst {min(ratios):.2f}x over {len(ratios)} prompts")
     if options.json:
         command = f"python -m benchmarks.speculation --tokens {options.tokens} --rounds {options.rounds}"
+        command += f" --only '{options.only}'" if options.only else ""
         options.json.write_text(json.dumps({"command": command, "scenarios": found}, indent=1) + "\n")
 
 

@@ -62,7 +62,8 @@ class SpeculativePipeline:
         scored = [row + offset for row, share in zip(first, shares, strict=True) for offset in share.scored]
         logits = self._runner.forward(inputs, [*rows, *scored])[:, : self._runner.vocab_size]
         prompts = prompt_scores(shares, logits[len(rows) :])
-        rounds = self._verify(drawing, proposal, logits[: len(rows)])
+        verify = self._verify if any(proposal.lengths) else self._draw
+        rounds = verify(drawing, proposal, logits[: len(rows)])
         results = (_commit(share, rounds.get(share.item.request_id), prompts) for share in shares)
         output = StepOutput(plan.step, (*results, *void))
         for share in drawing:
@@ -82,8 +83,6 @@ class SpeculativePipeline:
 
         `logits` [rows, vocabulary]: for each request the row of its last committed token, then those of its drafts.
         """
-        if not drawing:
-            return {}
         states = [state for share in drawing for state in share.state.sampling.ahead(share.drafts)]
         proposal = replace(proposal, tokens=proposal.tokens.to(logits.device))  # some drafters work on the host
         verdict = self._verifier.verify(proposal, self._target(proposal, logits, states))
@@ -100,6 +99,19 @@ class SpeculativePipeline:
             scored = [row, *(row + 1 + index for index in taken)][: len(tokens)]
             rounds[share.item.request_id] = Round(tokens, scored)
             row += len(share.drafts) + 1
+        _report(drawing, rounds, logits)
+        return rounds
+
+    def _draw(self, drawing: list[Share], _: DraftProposal, logits: torch.Tensor) -> dict[str, Round]:
+        """`_verify` where nothing was drafted: plain decoding, under any verifier, without the way through tensors."""
+        if not drawing:
+            return {}
+        sampled = self._sampler.sample(logits, [share.state.sampling for share in drawing])
+        drawn = zip(drawing, sampled.tokens.tolist(), sampled.failed.tolist(), strict=True)
+        rounds = {
+            share.item.request_id: Round([] if failed else [token], [] if failed else [row])
+            for row, (share, token, failed) in enumerate(drawn)
+        }
         _report(drawing, rounds, logits)
         return rounds
 
