@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -15,7 +15,16 @@ from engine.pipelines.autoregressive import AutoregressivePipeline
 from engine.pipelines.speculative import SpeculativePipeline
 from engine.protocols import DraftAsk, Drafter, DraftProposal, Pipeline, TargetRows, Verdict
 from engine.runtime.batch import AttentionMode, SeqInput
-from engine.types import Capacity, FinishReason, Request, SamplingParams, StepOutput, StepPlan
+from engine.types import (
+    Capacity,
+    FinishReason,
+    Request,
+    SamplingParams,
+    SpeculationParams,
+    StepOutput,
+    StepPlan,
+    TokenLogprob,
+)
 from engine.verifiers.strict import StrictVerifier
 
 VOCAB = 11
@@ -101,15 +110,19 @@ class PipelineWorker:
         pass
 
 
-def run(pipeline: Pipeline, requests: list[Request], lag: int = 0) -> dict[str, tuple[list[int], FinishReason | None]]:
+Outcome = tuple[list[int], list[TokenLogprob], FinishReason | None]
+
+
+def run(pipeline: Pipeline, requests: list[Request], lag: int = 0) -> dict[str, Outcome]:
     core = EngineCore(PipelineWorker(pipeline), EngineConfig(scheduler=SchedulerConfig(lag=lag, max_batched_tokens=40)))
-    found: dict[str, tuple[list[int], FinishReason | None]] = {request.id: ([], None) for request in requests}
+    found: dict[str, Outcome] = {request.id: ([], [], None) for request in requests}
     for request in requests:
         core.add(request)
     while core.has_work():
         for update in core.step().updates:
-            tokens, _ = found[update.request_id]
-            found[update.request_id] = ([*tokens, *update.token_ids], update.finish)
+            tokens, logprobs, _ = found[update.request_id]
+            tokens, logprobs = [*tokens, *update.token_ids], [*logprobs, *(update.logprobs or ())]
+            found[update.request_id] = (tokens, logprobs, update.finish)
         core.check_integrity()
     core.settle()
     assert pipeline.num_states() == 0
@@ -122,7 +135,7 @@ def requests(seed: int) -> list[Request]:
         Request(
             f"r{i}",
             tuple(rng.randrange(VOCAB) for _ in range(rng.randint(1, 12))),
-            SamplingParams(max_tokens=rng.randint(1, 24), temperature=rng.choice((0.0, 0.5)), seed=i),
+            SamplingParams(max_tokens=rng.randint(1, 24), temperature=rng.choice((0.0, 0.5)), seed=i, logprobs=2),
         )
         for i in range(6)
     ]
@@ -139,7 +152,15 @@ def test_tokens_and_failures_are_those_of_plain_decoding(seed: int, lag: int) ->
     drafter: Drafter = GuessingDrafter(runner, rng)
     got = run(SpeculativePipeline(runner, drafter, StrictVerifier(), 5), requests(seed), lag)
     assert got == plain
-    assert any(finish is FinishReason.LENGTH for _, finish in plain.values())
+    assert any(finish is FinishReason.LENGTH for *_, finish in plain.values())
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_steps_without_drafts_are_plain_decoding(lag: int) -> None:
+    off = [replace(request, speculation=SpeculationParams(enabled=False)) for request in requests(3)]
+    runner = ScriptedRunner()
+    pipeline = SpeculativePipeline(runner, GuessingDrafter(runner, random.Random(1)), StrictVerifier(), 5)
+    assert run(pipeline, off, lag) == run(AutoregressivePipeline(ScriptedRunner()), off)
 
 
 def test_failures_are_met_inside_drafts() -> None:
@@ -148,7 +169,7 @@ def test_failures_are_met_inside_drafts() -> None:
     for seed in range(8):
         rng = random.Random(seed)
         broken = frozenset((rng.randrange(4, 30), rng.randrange(VOCAB)) for _ in range(12))
-        met += sum(finish is FinishReason.ERROR for _, finish in run(_pipeline(broken, rng), requests(seed)).values())
+        met += sum(finish is FinishReason.ERROR for *_, finish in run(_pipeline(broken, rng), requests(seed)).values())
     assert met >= 5
 
 
