@@ -47,10 +47,15 @@ class DraftConfig:
     """Who drafts for a model that is served by a speculative pipeline."""
 
     drafter: str = "ngram"
-    max_draft: int = 8  # most tokens of one draft; requests may ask for fewer
+    path: str = ""  # the draft network's checkpoint, for drafters that have one: a folder or a hub id
+    max_draft: int | None = None  # most tokens of one draft; requests may ask for fewer. None: what the drafter offers
+    tree: int = 0  # most nodes of a draft tree, grown where it pays; 0: chains only
+    sample: bool = False  # draw drafts of requests with a temperature, for verifiers that weigh laws (rejection)
 
     def __post_init__(self) -> None:
-        _require(0 < self.max_draft <= 64, f"models.draft.max_draft: {self.max_draft} is not in 1 to 64")
+        most = self.max_draft
+        _require(most is None or 0 < most <= 64, f"models.draft.max_draft: {most} is not in 1 to 64")
+        _require(0 <= self.tree <= 256, f"models.draft.tree: {self.tree} is not in 0 to 256")
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,11 +59,36 @@ class Pipeline(Protocol):
     def num_states(self) -> int: ...
 
 
+class Follower(Protocol):
+    """Keeps an entry of its own for every slot of the target's KV pool: a draft's context, for example.
+
+    It hears of every forward pass, so that no slot is ever without its entry: what a request finds in the prefix
+    cache is whole, whoever computed it.
+    """
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers of the target whose outputs it reads; 0 is the first."""
+        ...
+
+    def write(self, states: tuple[torch.Tensor, ...], batch: DeviceBatch) -> None:
+        """After a pass: the hidden states [T, width] of all its tokens after each of `taps`, in their order."""
+        ...
+
+    def compact(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """See `PagedKVCache.compact`: entries move with the target's."""
+        ...
+
+
 class ForwardRunner(Protocol):
     """One model over its KV pool, as pipelines see it. Holds no state of any request."""
 
     @property
     def vocab_size(self) -> int: ...
+
+    def compact(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy slots `source` [k] to slots `target` [k] of the pool: the accepted path of a draft tree, in order."""
+        ...
 
     def forward(
         self, inputs: Sequence[SeqInput], rows: Sequence[int], mode: AttentionMode = ..., block_length: int = 1
@@ -133,12 +158,45 @@ class Rows:
     probs: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Options:
+    """The draft's best tokens at each of its positions, taken for themselves, best first (a tree is grown from them).
+
+    `tokens` [n, k, width] int64, `log_probs` [n, k, width] float32.
+    """
+
+    tokens: torch.Tensor
+    log_probs: torch.Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class DraftAsk:
-    """Draft at most `limit` tokens, possibly none, to follow the committed ones of a request."""
+    """Draft at most `limit` tokens, possibly none, to follow the committed ones of a request.
+
+    `position` is that of the last committed token, the anchor. `fed`: how many committed tokens the step feeds before
+    the draft; where it is 1, the target has computed all before the anchor, in this request or in one that shares its
+    blocks, so its hidden states were seen. `block_ids` covers the positions up to `position + limit`.
+    """
 
     request_id: str
     limit: int
+    position: int = 0
+    fed: int = 1
+    block_ids: tuple[int, ...] = ()
+
+
+class DraftSampler(Protocol):
+    """Draws drafted tokens with a request's own temperature and truncation; a function of request and position."""
+
+    def draw(
+        self, logits: torch.Tensor, asks: Sequence[int], steps: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens [rows] int64 and the laws they were drawn from, probabilities [rows, vocabulary] float32.
+
+        Row i of `logits` [rows, vocabulary] float32 is drafted position steps[i] (0 is the first) of request asks[i].
+        A greedy request's law is one-hot.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,8 +204,10 @@ class DraftProposal:
     """Drafts for the n requests asked about, in their order.
 
     `tokens` [n, k] int64: each row holds lengths[i] tokens, then -1. `parents` [n, k] gives a tree: the index of each
-    token's parent in its row, -1 for the last committed token; None is a chain. `law` is what the tokens were really
-    drawn from; `marginal` what the draft model thought of them, however they were chosen, where it says.
+    token's parent in its row, parents first, -1 for the last committed token; None is a chain. `law` is what the tokens
+    were really drawn from; `marginal` what the draft model thought of them, however they were chosen, where it says.
+    `margins` [n, k] float32 is anything that grows with the chance that a token stands, known before it is drawn: the
+    distance of the two best logits, or a confidence head's logit.
     """
 
     tokens: torch.Tensor
@@ -156,6 +216,8 @@ class DraftProposal:
     marginal: Scalar | Rows | None = None
     hidden: torch.Tensor | None = None  # [n, k, width]: the draft's last hidden states, for verifiers with a head
     parents: torch.Tensor | None = None
+    margins: torch.Tensor | None = None
+    options: Options | None = None  # where they were asked for
 
 
 class Drafter(Protocol):
@@ -163,6 +225,11 @@ class Drafter(Protocol):
 
     All requests are admitted, those that nothing is drafted for too, and hear of every committed token.
     """
+
+    @property
+    def most(self) -> int:
+        """Tokens of the longest draft that it offers, where nobody asks for another length."""
+        ...
 
     def admit(self, request_id: str, tokens: Sequence[int]) -> None:
         """A request starts, or starts again, with these committed tokens."""
@@ -174,27 +241,89 @@ class Drafter(Protocol):
         """These tokens follow the committed ones."""
         ...
 
-    def propose(self, asks: Sequence[DraftAsk]) -> DraftProposal: ...
+    def propose(
+        self, asks: Sequence[DraftAsk], sampler: DraftSampler | None = None, width: int = 0
+    ) -> DraftProposal:
+        """Tokens are the likeliest ones, unless there is a `sampler` to draw them (then `law` is Dense).
+
+        `width` > 0 asks for that many `options`; drafters that have none to give leave them out.
+        """
+        ...
+
+
+class BlockDraftModel(Protocol):
+    """A block-diffusion draft network over a KV pool of its own, which shares the target's block ids.
+
+    Also a `Follower` of the target: its context is written from the target's hidden states, for every slot.
+    """
+
+    @property
+    def most(self) -> int:
+        """Tokens that one pass drafts."""
+        ...
+
+    @property
+    def sequential(self) -> bool:
+        """Does a position's choice change the logits of the next (`refine`)?"""
+        ...
+
+    def blocks(self, anchors: Sequence[int], asks: Sequence[DraftAsk]) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pass: logits [n, most, draft vocabulary] float32 and last hidden states [n, most, width].
+
+        `anchors` are the token ids of the last committed tokens.
+        """
+        ...
+
+    def refine(self, logits: torch.Tensor, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        """Logits [n, draft vocabulary] of one position given the tokens [n] before it (ids of the target)."""
+        ...
+
+    def confidence(self, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor | None:
+        """Logits [n] of a trained confidence head for one position, where there is one."""
+        ...
+
+    def target_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """Draft vocabulary -> target vocabulary, any shape int64."""
+        ...
+
+    def widen(self, logits: torch.Tensor) -> torch.Tensor:
+        """[..., draft vocabulary] -> [..., target vocabulary], -inf where the draft has no such token."""
+        ...
+
+
+class Chance(Protocol):
+    """The coins of one verification: functions of request and position, in streams that share no number."""
+
+    def uniforms(self) -> torch.Tensor:
+        """[n, k] float64 in (0, 1): one coin for each drafted position."""
+        ...
+
+    def draw(self, log_weights: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        """A token [n] int64 from each row of unnormalised laws [n, vocabulary], to stand at row steps[i] of draft i."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TargetRows:
-    """What the target says of n drafts of at most k tokens: row j of a draft follows its first j tokens.
+    """What the target says of n drafts of at most k tokens: row 0 of a draft follows the last committed token.
 
+    Row j + 1 follows drafted token j and all that it follows: for a chain, the first j + 1 tokens.
     `draws` [n, k + 1] int64 is the target's own token at each row, from the draw that plain decoding would make there;
     -1 where the row has no draft before it, or where nothing can be drawn (its logits are no numbers, or every token is
-    banned). `log_probs` [n, k + 1, vocabulary] float32, the laws of these draws, is filled for verifiers that need it.
+    banned). `log_probs` [n, k + 1, vocabulary] float32, the laws of these draws, and `chance` are filled for verifiers
+    that need laws.
     """
 
     draws: torch.Tensor
     log_probs: torch.Tensor | None = None
+    chance: Chance | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Verdict:
     """`accepted` [n] int64: how many drafted tokens stand. `next_token` [n] int64 follows them; -1 if there is none.
 
-    `path` [n, k] int64 holds the indices of the accepted tokens in their row, then -1; for a chain 0, 1, 2, ...
+    `path` [n, k] int64 holds the indices of the accepted tokens in their row, in order, then -1; for a chain 0, 1, 2, ...
     """
 
     accepted: torch.Tensor
@@ -211,7 +340,12 @@ class Verifier(Protocol):
 
     @property
     def needs_laws(self) -> bool:
-        """Does `verify` read `TargetRows.log_probs`?"""
+        """Does `verify` read `TargetRows.log_probs` and `chance`?"""
+        ...
+
+    @property
+    def trees(self) -> bool:
+        """Can it verify trees?"""
         ...
 
     def verify(self, proposal: DraftProposal, target: TargetRows) -> Verdict: ...

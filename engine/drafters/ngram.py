@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.protocols import DraftAsk, DraftProposal
+from engine.protocols import DraftAsk, DraftProposal, DraftSampler
 
 SHORTEST = 3  # tokens that must agree
 LONGEST = 24  # agreement is not measured past this
@@ -63,6 +63,8 @@ class History:
 class NgramDrafter:
     """See `protocols.Drafter`."""
 
+    most = 8
+
     def __init__(self) -> None:
         self._histories: dict[str, History] = {}
 
@@ -75,7 +77,12 @@ class NgramDrafter:
     def commit(self, request_id: str, tokens: Sequence[int]) -> None:
         self._histories[request_id].extend(tokens)
 
-    def propose(self, asks: Sequence[DraftAsk]) -> DraftProposal:
+    def propose(
+        self,
+        asks: Sequence[DraftAsk],
+        sampler: DraftSampler | None = None,  # noqa: ARG002  nothing is drawn
+        width: int = 0,  # noqa: ARG002
+    ) -> DraftProposal:
         drafts = [self._histories[ask.request_id].draft(ask.limit) if ask.limit > 0 else [] for ask in asks]
         lengths = tuple(map(len, drafts))
         width = max(lengths, default=0)

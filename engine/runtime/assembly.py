@@ -23,7 +23,7 @@ def build_pipeline(config: ModelConfig, runner: ForwardRunner) -> Pipeline:
     drafter = cast(Callable[[], Drafter], resolve(DRAFTERS, config.draft.drafter, "drafter"))()
     verifier = cast(Callable[[], Verifier], resolve(VERIFIERS, config.verifier.name, "verifier"))()
     speculative = cast(Callable[[ForwardRunner, Drafter, Verifier, int], Pipeline], kind)
-    return speculative(runner, drafter, verifier, config.draft.max_draft)
+    return speculative(runner, drafter, verifier, config.draft.max_draft or drafter.most)
 
 
 def measure_step_costs(runner: ForwardRunner, block_size: int, num_blocks: int) -> tuple[tuple[int, float], ...]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from engine.models.adapter import DecoderAdapter
-from engine.models.context import PagedContext
-from engine.protocols import AttentionBackend
+from engine.models.context import PagedContext, Taps
+from engine.protocols import AttentionBackend, Follower
 from engine.runtime.batch import AttentionMode, SeqInput, pack
 from engine.runtime.kv_cache import PagedKVCache
 from engine.runtime.transfer import to_device
@@ -21,6 +21,11 @@ class ModelRunner:
         self.adapter = adapter
         self.cache = cache
         self.attention = attention
+        self._follower: Follower | None = None
+
+    def follow(self, follower: Follower) -> None:
+        """From now on `follower` hears of every pass and every move of slots."""
+        self._follower = follower
 
     @property
     def vocab_size(self) -> int:
@@ -38,4 +43,15 @@ class ModelRunner:
         batch = pack(inputs, self.cache.block_size, device, mode, block_length)
         context = PagedContext(self.cache, self.attention.prepare(batch), batch.slots)
         (wanted,) = to_device([torch.tensor(rows, dtype=torch.long)], device)
-        return self.adapter.forward(batch.ids, batch.positions, wanted, context)
+        if self._follower is None:
+            return self.adapter.forward(batch.ids, batch.positions, wanted, context)
+        taps = Taps(self._follower.taps)
+        logits = self.adapter.forward(batch.ids, batch.positions, wanted, context, taps)
+        self._follower.write(tuple(taps.states[layer] for layer in self._follower.taps), batch)
+        return logits
+
+    def compact(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy slots `source` [k] to slots `target` [k], in the model's pool and in its follower's."""
+        self.cache.compact(source, target)
+        if self._follower is not None:
+            self._follower.compact(source, target)

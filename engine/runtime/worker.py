@@ -41,7 +41,7 @@ class LocalWorker:
         with phase("KV pool", on_phase) as note:
             size = block_bytes(loaded.shapes, config.kv.block_size, loaded.placement.dtype)
             blocks, max_len, step = size_pool(
-                config, loaded, size, config.model.draft.max_draft if config.model.draft else 0
+                config, loaded, size, (config.model.draft.max_draft or 8) if config.model.draft else 0
             )
             runner = loaded.runner(blocks, config.kv.block_size)
             note += [f"{blocks} blocks of {config.kv.block_size} tokens, {blocks * size / 2**20:.0f} MiB", step]

@@ -17,6 +17,7 @@ class StrictVerifier:
 
     lossless = True
     needs_laws = False
+    trees = False
 
     def verify(self, proposal: DraftProposal, target: TargetRows) -> Verdict:
         tokens, draws = proposal.tokens, target.draws

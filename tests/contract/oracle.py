@@ -16,6 +16,8 @@ RIGHT = 0.92  # share of drafted tokens that are right
 class OracleDrafter:
     """See `protocols.Drafter`."""
 
+    most = 8
+
     def __init__(self) -> None:
         self._lengths: dict[str, int] = {}
         self._rng = random.Random(11)
@@ -33,7 +35,7 @@ class OracleDrafter:
         assert list(tokens)[: len(known)] == known, f"{request_id}: wrong tokens at {start}"
         self._lengths[request_id] = start + len(tokens)
 
-    def propose(self, asks: Sequence[DraftAsk]) -> DraftProposal:
+    def propose(self, asks: Sequence[DraftAsk], sampler: object = None, width: int = 0) -> DraftProposal:
         drafts = [self._draft(ask) for ask in asks]
         width = max(map(len, drafts), default=0)
         padded = [[*draft, *([-1] * (width - len(draft)))] for draft in drafts]

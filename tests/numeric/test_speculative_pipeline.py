@@ -38,6 +38,9 @@ class ScriptedRunner:
     vocab_size: int = VOCAB
     fed: int = 0
 
+    def compact(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        raise AssertionError("chains need no compaction")
+
     def forward(
         self,
         inputs: Sequence[SeqInput],
@@ -61,6 +64,7 @@ class GuessingDrafter:
 
     runner: ScriptedRunner
     rng: random.Random
+    most: int = 8
     tokens: dict[str, list[int]] = field(default_factory=dict)
 
     def admit(self, request_id: str, tokens: Sequence[int]) -> None:
@@ -72,7 +76,7 @@ class GuessingDrafter:
     def commit(self, request_id: str, tokens: Sequence[int]) -> None:
         self.tokens[request_id] += tokens
 
-    def propose(self, asks: Sequence[DraftAsk]) -> DraftProposal:
+    def propose(self, asks: Sequence[DraftAsk], sampler: object = None, width: int = 0) -> DraftProposal:
         drafts = []
         for ask in asks:
             known = list(self.tokens[ask.request_id])
