@@ -15,6 +15,7 @@ PACKAGES = ("server", "engine", "training", "benchmarks")
 LIMITS = {"file": 350, "function": 50, "class": 200, "__init__ assignments": 25}
 # (file, limit) -> (moved limit, reason).
 MOVED_LIMITS: dict[tuple[str, str], tuple[int, str]] = {
+    ("engine/protocols.py", "file"): (450, "the one home of all contracts"),
     ("engine/types.py", "file"): (450, "the one home of all shared data: a second file would only add a place to look"),
 }
 
