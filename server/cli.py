@@ -19,6 +19,7 @@ COMMANDS = {
     "print-config": ("server.launch:print_config", "print the configuration that `serve` would use"),
     "bench serve": ("benchmarks.serve:main", "load any OpenAI-compatible server and measure what its users would see"),
     "bench step": ("benchmarks.step:main", "time the engine's steps, without HTTP, beside what the machine allows"),
+    "train-draft": ("training.train_draft:main", "train a draft for a model on the model's own answers"),
     "version": ("server.cli:version", "print the version"),
 }
 Command = Callable[[Sequence[str]], int]

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from engine.core import EngineCore
+from engine.errors import StepFailed
 from engine.hub.resolve import resolve
 from engine.llm import CACHE_DIR, configure
-from engine.protocols import Worker
 from engine.tokenizer.tokenizer import Tokenizer
-from engine.types import Request, SamplingParams
+from engine.types import FinishReason, Request, SamplingParams, StepReport
 from training.data import shards
+from training.data.prompts import Prompt
 from training.data.record import RecordingWorker
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A user's message, and what kind of task it is."""
-
-    text: str
-    kind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,84 +30,82 @@ class Plan:
     concurrency: int = 128
     shard_tokens: int = 20000
     seed: int = 0
+    threads: int | None = None
+    memory: str = "2GiB"  # of the KV pool
 
 
 def generate(
-    model: str, prompts: Iterable[Prompt], folder: Path, plan: Plan, on_shard: Callable[[int, int, float], None]
+    model: str, prompts: Sequence[Prompt], folder: Path, plan: Plan, on_answers: Callable[[int], object]
 ) -> None:
     """Answer `prompts` into shards in `folder`, going on behind those that are there already.
 
-    `on_shard(answers, tokens, seconds)` hears of every shard written. A prompt is skipped by its index, so the same
-    prompts in the same order must be given again.
+    `on_answers(count)` hears of answers as they are kept, or found. Prompts are known by their index, so the same ones
+    in the same order must be given again. Those that are too long are left out.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = configure({"path": model, "max_num_seqs": plan.concurrency, "max_batched_tokens": 512, "memory": "2GiB"})
+    settings = {"path": model, "max_num_seqs": plan.concurrency, "max_batched_tokens": 512, "memory": plan.memory}
+    config = configure({**settings, "threads": plan.threads})
     source = resolve(config.model.path, CACHE_DIR.expanduser())
-    tokenizer = Tokenizer.load(source)
-    worker_class = type("TapWorker", (RecordingWorker,), {"TAPS": plan.taps})
-    worker = worker_class(config, source, lambda _: None)
-    core = EngineCore(cast(Worker, worker), config)
+    worker = RecordingWorker(config, source, plan.taps)
+    run = _Run(EngineCore(worker, config), worker, folder, plan, on_answers)
     try:
-        _run(core, worker, tokenizer, prompts, folder, plan, on_shard)
+        run.answer(_requests(prompts, Tokenizer.load(source), plan, run.found()))
     finally:
-        core.close()
+        run.core.close()
 
 
-def _run(core, worker, tokenizer, prompts, folder, plan, on_shard) -> None:
-    done = _answered(folder)
-    feed = _requests(prompts, tokenizer, plan, done)
-    running: dict[str, tuple[Request, list[int], str]] = {}
-    finished: dict[str, shards.Sample] = {}
-    ready: list[shards.Sample] = []
-    number, begin, exhausted = len(shards.paths(folder)), time.monotonic(), False
-    while True:
-        while not exhausted and len(running) < plan.concurrency:
-            item = next(feed, None)
-            if item is None:
-                exhausted = True
-                break
-            request, kind = item
-            running[request.id] = (request, [], kind)
-            core.add(request)
-        if not core.has_work():
-            break
-        report = core.step()
+class _Run:
+    """Requests that are under way, and answers that wait for their shard."""
+
+    def __init__(
+        self, core: EngineCore, worker: RecordingWorker, folder: Path, plan: Plan, on_answers: Callable[[int], object]
+    ) -> None:
+        self.core = core
+        self._worker, self._folder, self._plan, self._on_answers = worker, folder, plan, on_answers
+        self._running: dict[str, tuple[Request, list[int]]] = {}
+        self._ready: list[shards.Sample] = []
+        self._number = len(shards.paths(folder))
+
+    def found(self) -> set[int]:
+        """Indices of the prompts that are answered already."""
+        found = {int(name) for path in shards.paths(self._folder) for name in shards.names_of(path)}
+        self._on_answers(len(found))
+        return found
+
+    def answer(self, requests: Iterator[Request]) -> None:
+        more = True
+        while more or self.core.has_work():
+            while more and len(self._running) < self._plan.concurrency:
+                request = next(requests, None)
+                more = request is not None
+                if request is not None:
+                    self._running[request.id] = (request, [])
+                    self.core.add(request)
+            if self.core.has_work():
+                self._take(self.core.step())
+        if self._ready:
+            self._write()
+
+    def _take(self, report: StepReport) -> None:
         for update in report.updates:
-            if update.request_id not in running:
-                continue
-            request, output, kind = running[update.request_id]
-            output += update.token_ids
-            if update.finish is not None:
-                del running[update.request_id]
-                finished[request.id] = (request, output, kind)
-        for request_id in list(finished):
-            if request_id in worker.recorded:
-                request, output, kind = finished.pop(request_id)
-                states = worker.recorded.pop(request_id)
-                tokens = [*request.prompt_ids, *output]
-                ready.append(shards.Sample(tokens, len(request.prompt_ids), f"{kind}:{request_id}", states))
-        total = sum(len(sample.tokens) for sample in ready)
-        if total >= plan.shard_tokens or (ready and not core.has_work()):
-            shards.write(folder / f"shard-{number:05d}.safetensors", ready, plan.taps)
-            number += 1
-            on_shard(len(ready), total, time.monotonic() - begin)
-            ready = []
+            self._running[update.request_id][1].extend(update.token_ids)
+            if update.finish is FinishReason.ERROR:
+                raise StepFailed(update.error or "the target failed")
+        for request_id, states in self._worker.take().items():  # finished, a step ago
+            request, output = self._running.pop(request_id)
+            tokens = [*request.prompt_ids, *output]
+            self._ready.append(shards.Sample(request_id, tokens, len(request.prompt_ids), states))
+        if sum(len(sample.tokens) for sample in self._ready) >= self._plan.shard_tokens:
+            self._write()
+
+    def _write(self) -> None:
+        shards.write(self._folder / f"shard-{self._number:05d}.safetensors", self._ready, self._plan.taps)
+        self._number += 1
+        self._on_answers(len(self._ready))
+        self._ready = []
 
 
-def _answered(folder: Path) -> set[int]:
-    """Indices of the prompts that are in the shards already."""
-    from safetensors import safe_open
-
-    found: set[int] = set()
-    for path in shards.paths(folder):
-        with safe_open(path, "pt") as file:
-            found.update(int(kind.rsplit(":", 1)[1]) for kind in file.metadata()["kinds"].split(","))
-    return found
-
-
-def _requests(
-    prompts: Iterable[Prompt], tokenizer: Tokenizer, plan: Plan, done: set[int]
-) -> Iterator[tuple[Request, str]]:
+def _requests(prompts: Sequence[Prompt], tokenizer: Tokenizer, plan: Plan, done: set[int]) -> Iterator[Request]:
     for index, prompt in enumerate(prompts):
         if index in done:
             continue
@@ -123,7 +113,6 @@ def _requests(
         if len(ids) > plan.max_prompt:
             continue
         drawn = index % plan.sampled_every == plan.sampled_every - 1
-        sampling = SamplingParams(
-            max_tokens=plan.max_tokens, temperature=plan.temperature if drawn else 0.0, seed=plan.seed + index
-        )
-        yield Request(str(index), tuple(ids), sampling, tokenizer.eos_ids, arrival=time.monotonic()), prompt.kind
+        temperature = plan.temperature if drawn else 0.0
+        sampling = SamplingParams(max_tokens=plan.max_tokens, temperature=temperature, seed=plan.seed + index)
+        yield Request(str(index), tuple(ids), sampling, tokenizer.eos_ids, arrival=time.monotonic())

@@ -8,12 +8,12 @@ import torch
 
 from engine.config import EngineConfig
 from engine.protocols import Pipeline
-from engine.runtime.batch import DeviceBatch
-from engine.runtime.devices import prepare_torch
-from engine.runtime.loading import OnPhase, load_checked
 from engine.runtime.assembly import build_pipeline
+from engine.runtime.batch import DeviceBatch
 from engine.runtime.device_memory import size_pool
+from engine.runtime.devices import prepare_torch
 from engine.runtime.kv_cache import block_bytes
+from engine.runtime.loading import load_checked
 from engine.runtime.worker import DoneHandle
 from engine.types import Capacity, StepPlan
 
@@ -34,47 +34,43 @@ class TapPool:
 
 
 class RecordingWorker:
-    """A worker (see `protocols.Worker`) that keeps the taps of a request until it is dropped, then hands them on.
+    """A worker (see `protocols.Worker`) that hands on the hidden states of a request when it is dropped."""
 
-    `recorded[request_id]` is [positions, taps * width] float16: all positions but that of the last token.
-    """
-
-    TAPS: tuple[int, ...] = ()
-
-    def __init__(self, config: EngineConfig, folder: Path, on_phase: OnPhase) -> None:
+    def __init__(self, config: EngineConfig, folder: Path, taps: tuple[int, ...]) -> None:
         prepare_torch(config.parallel)
-        loaded = load_checked(config.model, folder, on_phase)
+        loaded = load_checked(config.model, folder, lambda _: None)
         size = block_bytes(loaded.shapes, config.kv.block_size, loaded.placement.dtype)
-        blocks, max_len, _ = size_pool(config, loaded, size, 0)
+        blocks, max_len, _ = size_pool(config, loaded, size)
         runner = loaded.runner(blocks, config.kv.block_size)
         width = loaded.adapter.config.hidden_size
         self._block_size = config.kv.block_size
-        self._pool = TapPool(self.TAPS, blocks * config.kv.block_size, width, loaded.placement.device)
-        runner.follow(self._pool)
+        self._pool = TapPool(taps, blocks * config.kv.block_size, width, loaded.placement.device)
+        if taps:
+            runner.follow(self._pool)
         self._pipeline: Pipeline = build_pipeline(config.model, runner)
         traits = self._pipeline.traits
-        self._capacity = Capacity(blocks, config.kv.block_size, max_len, runner.vocab_size, traits, (), loaded.numerics)
-        self._tables: dict[str, tuple[int, ...]] = {}
-        self._computed: dict[str, int] = {}
-        self.recorded: dict[str, torch.Tensor] = {}
+        self._capacity = Capacity(blocks, config.kv.block_size, max_len, runner.vocab_size, traits)
+        self._computed: dict[str, tuple[tuple[int, ...], int]] = {}  # block table and computed positions
+        self._taken: dict[str, torch.Tensor] = {}
 
     def capacity(self) -> Capacity:
         return self._capacity
 
     def submit(self, plan: StepPlan) -> DoneHandle:
-        for request_id in plan.dropped:  # its blocks still hold what it wrote: nothing ran since
-            self._keep(request_id)
+        for request_id in plan.dropped:  # its blocks still hold what it wrote: nothing ran since it ended
+            table, computed = self._computed.pop(request_id)
+            blocks = self._pool.states.unflatten(0, (-1, self._block_size))
+            self._taken[request_id] = blocks[list(table)].flatten(0, 1)[:computed].cpu()
         output = self._pipeline.execute(plan)
-        for item in plan.items:
-            self._tables[item.request_id] = item.block_ids
+        tables = {item.request_id: item.block_ids for item in plan.items}
         for result in output.results:
-            self._computed[result.request_id] = result.num_computed
+            self._computed[result.request_id] = (tables[result.request_id], result.num_computed)
         return DoneHandle(output)
 
-    def _keep(self, request_id: str) -> None:
-        table, computed = self._tables.pop(request_id, ()), self._computed.pop(request_id, 0)
-        blocks = self._pool.states.view(-1, self._block_size, self._pool.states.shape[1])
-        self.recorded[request_id] = blocks[list(table)].flatten(0, 1)[:computed].clone()
+    def take(self) -> dict[str, torch.Tensor]:
+        """[positions, taps * width] float16 by request, of those dropped since: all positions but the last token's."""
+        taken, self._taken = self._taken, {}
+        return taken
 
     def num_states(self) -> int:
         return self._pipeline.num_states()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +15,9 @@ from safetensors.torch import save_file
 class Sample:
     """One answered prompt. `states` [len(tokens) - 1 or more, taps * width] float16: see `record`."""
 
+    name: str
     tokens: list[int]
     prompt_len: int
-    kind: str
     states: torch.Tensor
 
 
@@ -55,7 +54,7 @@ def write(path: Path, samples: list[Sample], taps: tuple[int, ...]) -> None:
         "states": states,
     }
     part = path.with_suffix(".part")
-    save_file(tensors, part, {"taps": ",".join(map(str, taps)), "kinds": ",".join(s.kind for s in samples)})
+    save_file(tensors, part, {"taps": ",".join(map(str, taps)), "names": ",".join(sample.name for sample in samples)})
     os.replace(part, path)
 
 
@@ -67,14 +66,21 @@ def read(path: Path) -> Shard:
 
 
 def taps_of(path: Path) -> tuple[int, ...]:
-    with safe_open(path, "pt") as file:
-        return tuple(int(layer) for layer in file.metadata()["taps"].split(","))
+    """The layers whose outputs a shard holds, in their order."""
+    return tuple(int(layer) for layer in _meta(path)["taps"].split(",") if layer)
+
+
+def names_of(path: Path) -> list[str]:
+    """The names of a shard's samples."""
+    return _meta(path)["names"].split(",")
 
 
 def paths(folder: Path) -> list[Path]:
+    """All whole shards of a folder."""
     return sorted(folder.glob("shard-*.safetensors"))
 
 
-def each(folder: Path) -> Iterator[Shard]:
-    for path in paths(folder):
-        yield read(path)
+def _meta(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        found: dict[str, str] = file.metadata()
+        return found
