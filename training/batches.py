@@ -112,9 +112,7 @@ class Corpus:
             visible[row, : len(picked)] = True
         return Batch(*(part.to(self._device) for part in (tokens, torch.tensor(lengths), states, at, visible)))
 
-    def epochs(
-        self, sequences: int, anchors: int, columns: torch.Tensor, seed: int, skip: int = 0
-    ) -> Iterator[Batch]:
+    def epochs(self, sequences: int, anchors: int, columns: torch.Tensor, seed: int, skip: int = 0) -> Iterator[Batch]:
         """Batches without end, in a new order each epoch; batch number n is always the same. `skip` leaves out some."""
         number = 0
         for epoch in range(1 << 30):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from engine.models.dflash.spec import DFlashSpec
 from training.batches import Batch
 from training.loss import Labels, mixed_cross_entropy
 from training.network import DraftNetwork
@@ -88,7 +87,9 @@ class DFlashTask:
         """Sequence and position of each label [blocks, most]: the token AT the slot's position, no shift."""
         rows = batch.visible.nonzero()[:, 0].unsqueeze(1)
         anchors = batch.anchors[batch.visible].unsqueeze(1)
-        steps = torch.arange(1, self.spec.most + 1, device=self._device)  # for both layouts: slot j of DSpark's predicts position j + 1
+        steps = torch.arange(
+            1, self.spec.most + 1, device=self._device
+        )  # for both layouts: slot j of DSpark's predicts position j + 1
         return rows.expand(-1, self.spec.most), anchors + steps
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -14,24 +13,10 @@ from training import target
 from training.batches import Corpus
 from training.checkpoint import save_zlab
 from training.dflash import DFlashTask, Recipe, initialise
+from training.eagle3_draft import Eagle3Draft
 from training.network import DraftNetwork
+from training.shapes import Shape, vocabulary
 from training.trainer import Task
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What was asked of a draft; see the options of `train-draft`."""
-
-    taps: tuple[int, ...]
-    layers: int = 1
-    block_size: int = 8
-    draft_vocab: int = 0
-    mask_token_id: int = -1
-    markov_rank: int = 0
-    anchor_predicts: bool = False
-    random_start: bool = False
-    hard: float = 0.5
-    decay: float = 4.0
 
 
 class Draft(Protocol):
@@ -104,13 +89,6 @@ class DFlashDraft:
         }
 
 
-def vocabulary(counts: torch.Tensor, size: int) -> torch.Tensor:
-    """The `size` most frequent ids, rising; all of them for 0."""
-    if size <= 0 or size >= len(counts):
-        return torch.arange(len(counts))
-    return counts.argsort(descending=True, stable=True)[:size].sort().values
-
-
 def _spec(parts: target.TargetParts, shape: Shape, counts: torch.Tensor, draft_vocab: int) -> DFlashSpec:
     config = parts.config
     mask = shape.mask_token_id
@@ -140,4 +118,4 @@ def _spec(parts: target.TargetParts, shape: Shape, counts: torch.Tensor, draft_v
     )
 
 
-DRAFTS: dict[str, type[DFlashDraft]] = {"dflash": DFlashDraft}
+DRAFTS: dict[str, DraftKind] = {"dflash": DFlashDraft, "eagle3": Eagle3Draft}

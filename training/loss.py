@@ -23,50 +23,57 @@ CHUNK = 1024  # rows of logits at a time
 
 
 class _MixedCrossEntropy(torch.autograd.Function):
-    """sum_i w_i * CE(hard * onehot(label) + (1 - hard) * teacher, softmax(h_i @ head.T + bias_i)).
+    """sum_i w_i * CE(hard * onehot(label) + (1 - hard) * teacher, softmax(x_i @ table.T)).
 
-    Gradients are made in the forward pass, chunk by chunk: p - t needs the logits, which are too large to keep.
+    Gradients are made in the forward pass, chunk by chunk: p - t needs the logits, which are too large to keep. Of the
+    table, only the last `learnt` columns get one.
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, labels, weights, hard, markov, w2):  # type: ignore[no-untyped-def]
-        rows = hidden.shape[0]
-        grad = torch.empty_like(hidden, dtype=torch.float32)
-        grad_markov = None if markov is None else torch.empty_like(markov, dtype=torch.float32)
-        grad_w2 = None if w2 is None else torch.zeros_like(w2, dtype=torch.float32)
-        losses = torch.empty(rows, device=hidden.device)
-        best = torch.empty(rows, dtype=torch.int64, device=hidden.device)
-        low = head.dtype
-        for start in range(0, rows, CHUNK):
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        x: torch.Tensor,
+        table: torch.Tensor,
+        labels: Labels,
+        weights: torch.Tensor,
+        hard: float,
+        learnt: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        grad = torch.empty_like(x, dtype=torch.float32)
+        grad_table = torch.zeros(len(table), learnt, device=x.device)
+        total = torch.zeros((), device=x.device)
+        best = torch.empty(len(x), dtype=torch.int64, device=x.device)
+        for start in range(0, len(x), CHUNK):
             part = slice(start, start + CHUNK)
-            h = hidden[part].to(low)
-            logits = h @ head.T
-            if markov is not None:
-                m = markov[part].to(low)
-                logits = logits + m @ w2.T.to(low)
-            logits = logits.float()
+            low = x[part].to(table.dtype)
+            logits = (low @ table.T).float()
             best[part] = _argmax(logits)
-            logp = torch.log_softmax(logits, dim=1)
-            ids = labels.ids[part].clamp(min=0)
-            known = (labels.ids[part] >= 0).float()
-            target = torch.softmax(labels.teacher[labels.teacher_rows[part]], dim=1).mul_(1.0 - hard)
-            target[torch.arange(len(ids), device=ids.device), ids] += hard * known
-            mass = target.sum(1, keepdim=True)
-            losses[part] = -(target * logp).sum(1)
-            delta = logp.exp_().mul_(mass).sub_(target).mul_(weights[part].unsqueeze(1)).to(low)
-            grad[part] = (delta @ head).float()
-            if markov is not None:
-                grad_markov[part] = (delta @ w2.to(low)).float()
-                grad_w2 += (delta.T @ m).float()
-        ctx.save_for_backward(grad, grad_markov, grad_w2)
+            law = _law(labels, part, hard)
+            log_probs = torch.log_softmax(logits, dim=1)
+            total -= ((law * log_probs).sum(1) * weights[part]).sum()
+            delta = log_probs.exp_().mul_(law.sum(1, keepdim=True)).sub_(law).mul_(weights[part].unsqueeze(1))
+            delta = delta.to(table.dtype)
+            grad[part] = delta @ table
+            if learnt:
+                grad_table += delta.T @ low[:, -learnt:]
+        ctx.save_for_backward(grad, grad_table)
         ctx.mark_non_differentiable(best)
-        return (losses * weights).sum(), best
+        return total, best
 
     @staticmethod
-    def backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
-        grad, grad_markov, grad_w2 = ctx.saved_tensors
-        through = [None if part is None else part * grad_loss for part in (grad, grad_markov, grad_w2)]
-        return through[0], None, None, None, None, *through[1:]
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad, learnt = ctx.saved_tensors  # type: ignore[attr-defined]
+        frozen = learnt.new_zeros(len(learnt), grad.shape[1] - learnt.shape[1])
+        table = torch.cat((frozen, learnt * grads[0]), dim=1) if learnt.shape[1] else None
+        return grad * grads[0], table, None, None, None, None
+
+
+def _law(labels: Labels, part: slice, hard: float) -> torch.Tensor:
+    """What these rows should say, [rows, draft vocabulary]; without the label's share where it can't be drafted."""
+    law = torch.softmax(labels.teacher[labels.teacher_rows[part]], dim=1).mul_(1.0 - hard)
+    ids = labels.ids[part]
+    law[torch.arange(len(ids), device=ids.device), ids.clamp(min=0)] += hard * (ids >= 0)
+    return law
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:
@@ -89,4 +96,8 @@ def mixed_cross_entropy(
     hidden [rows, width], head [draft vocabulary, width], weights [rows] float32. `hard` is the share of the label, the
     rest is the target's own law. `markov` [rows, rank] and `w2` [draft vocabulary, rank] add DSpark's bias.
     """
-    return _MixedCrossEntropy.apply(hidden, head, labels, weights, hard, markov, w2)  # type: ignore[no-any-return]
+    x, table, learnt = hidden, head, 0
+    if markov is not None and w2 is not None:
+        x, table, learnt = torch.cat((hidden, markov), dim=1), torch.cat((head, w2.to(head.dtype)), dim=1), w2.shape[1]
+    total, best = _MixedCrossEntropy.apply(x, table, labels, weights, hard, learnt)
+    return total, best

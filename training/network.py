@@ -129,12 +129,11 @@ class DraftNetwork(nn.Module):
         self.norm = RMSNorm(width, spec.rms_norm_eps)
         self.markov_head = MarkovHead(spec) if spec.markov_rank else None
         scale = torch.ones(len(spec.taps) * width) if feature_scale is None else feature_scale
+        self.feature_scale: torch.Tensor
         self.register_buffer("feature_scale", scale)
         self.theta = float(str(dict(spec.rope)["rope_theta"]))
 
-    def forward(
-        self, states: torch.Tensor, inputs: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, inputs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Last hidden states [B, A * slots, width] of A blocks per sequence.
 
         `states` [B, S, taps * width] of the target; `inputs` [B, A * slots, width] embedded anchors and masks;

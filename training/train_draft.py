@@ -25,7 +25,8 @@ from training.batches import Corpus
 from training.data import shards
 from training.data.generate import Plan, generate
 from training.data.prompts import TEMPLATES, collect
-from training.drafts import DRAFTS, Draft, Shape
+from training.drafts import DRAFTS, Draft
+from training.shapes import Shape
 from training.trainer import Point, Schedule, Trainer
 
 DESCRIPTION = "Train a draft for a target model on the target's own answers."
@@ -84,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     shape = new.add_argument_group("draft")
     shape.add_argument("--layers", type=_positive, default=1)
     shape.add_argument("--block-size", type=_positive, default=8, help="input slots of one pass, the anchor among them")
-    shape.add_argument("--taps", default="", help="target layers to read, 0 is the first: 1,14,27 (default: the paper's)")
+    shape.add_argument("--taps", default="", help="target layers to read, from 0 on (default: the paper's)")
     shape.add_argument("--draft-vocab", type=int, default=0, help="most frequent ids that can be drafted; 0: all")
     shape.add_argument("--mask-token-id", type=int, default=-1, help="default: an id that no answer has")
     shape.add_argument("--markov-rank", type=int, default=0, help="DSpark's bias from the token before; 0: none")

@@ -118,7 +118,7 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = self._schedule.rate(self.step)
         loss, _, _ = self._task.loss(batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self._task.network.parameters(), self._schedule.clip)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def test_trap_four_anchors_are_random_and_new_in_every_epoch(world: World) -> No
     assert all(len(turns) == 2 for turns in found.values()), "every sample once an epoch"
     changed = sum(first != second for first, second in found.values())
     assert changed > 0.8 * len(found), "the blocks of the two epochs must differ"
-    distances = {b - a for first, _ in found.values() for a, b in zip(first, first[1:], strict=False)}
+    distances = {b - a for first, _ in found.values() for a, b in itertools.pairwise(first)}
     assert len(distances) > 3, "uniform blocks would have one distance"
 
 
@@ -258,7 +259,9 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(world: World, 
     trainer = Trainer(second.task, world.corpus(), SCHEDULE, tmp_path / "parts")
     assert trainer.step == 6  # the last checkpoint before the kill
     trainer.run(lambda *_: None, lambda _: None)
-    for (name, one), two in zip(network_of(whole).state_dict().items(), network_of(second).state_dict().values(), strict=True):
+    for (name, one), two in zip(
+        network_of(whole).state_dict().items(), network_of(second).state_dict().values(), strict=True
+    ):
         assert torch.equal(one, two), name
     assert [point.step for point in trainer.points] == [4, 8, 12]
     with pytest.raises(ConfigError, match="another schedule"):

@@ -64,7 +64,7 @@ class _Run:
         self._worker, self._folder, self._plan, self._on_answers = worker, folder, plan, on_answers
         self._running: dict[str, tuple[Request, list[int]]] = {}
         self._ready: list[shards.Sample] = []
-        self._number = len(shards.paths(folder))
+        self._number = shards.next_number(folder)
 
     def found(self) -> set[int]:
         """Indices of the prompts that are answered already."""
@@ -99,7 +99,7 @@ class _Run:
             self._write()
 
     def _write(self) -> None:
-        shards.write(self._folder / f"shard-{self._number:05d}.safetensors", self._ready, self._plan.taps)
+        shards.write(shards.path(self._folder, self._number), self._ready, self._plan.taps)
         self._number += 1
         self._on_answers(len(self._ready))
         self._ready = []

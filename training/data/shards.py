@@ -75,6 +75,16 @@ def names_of(path: Path) -> list[str]:
     return _meta(path)["names"].split(",")
 
 
+def path(folder: Path, number: int) -> Path:
+    """Where shard `number` of a folder is or will be."""
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+def next_number(folder: Path) -> int:
+    """A number above those of all shards that are there: some before it may be missing."""
+    return max((int(path.stem.removeprefix("shard-")) for path in paths(folder)), default=-1) + 1
+
+
 def paths(folder: Path) -> list[Path]:
     """All whole shards of a folder."""
     return sorted(folder.glob("shard-*.safetensors"))

@@ -16,7 +16,9 @@ class TargetStates:
 
     def __init__(self, folder: Path, taps: tuple[int, ...], device: torch.device) -> None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        self._model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self._model = model.eval()
+        self._model.to(device)
         self._taps = taps
 
     @torch.no_grad()

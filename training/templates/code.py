@@ -1,5 +1,6 @@
 """Small programming tasks, from templates: prompts to train a draft on, none of them from an evaluation set."""
 
+# ruff: noqa: E501  templates are read best whole
 from __future__ import annotations
 
 from random import Random

@@ -1,21 +1,101 @@
 """Word problems in arithmetic, from templates: prompts to train a draft on, none of them from an evaluation set."""
 
+# ruff: noqa: E501  templates are read best whole
 from __future__ import annotations
 
 from random import Random
 
-NAMES = (
-    "Anna Ben Clara David Ella Farid Grace Hugo Iris Jonas Kira Liam Maya Noah Olga Pablo Quinn Rosa Sam Tara Umar Vera "
-    "Will Xenia Yusuf Zoe Amir Bella Carlos Diana Emil Fiona George Hana Ivan Julia Karl Lena Marco Nina Oscar Paula"
-).split()
-THINGS = (
-    "apples oranges books pencils marbles stickers cookies eggs balloons stamps shells cards cupcakes tickets coins "
-    "bottles flowers candles notebooks tomatoes sandwiches photos bracelets toys chairs lamps bags boxes"
-).split()
-PLACES = "shop school bakery farm library garden factory museum market office warehouse bookstore".split()
-WORKERS = "workers students farmers painters bakers teachers nurses drivers".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-ANIMALS = "chickens cows sheep goats rabbits ducks horses dogs cats".split()
+NAMES = [
+    "Anna",
+    "Ben",
+    "Clara",
+    "David",
+    "Ella",
+    "Farid",
+    "Grace",
+    "Hugo",
+    "Iris",
+    "Jonas",
+    "Kira",
+    "Liam",
+    "Maya",
+    "Noah",
+    "Olga",
+    "Pablo",
+    "Quinn",
+    "Rosa",
+    "Sam",
+    "Tara",
+    "Umar",
+    "Vera",
+    "Will",
+    "Xenia",
+    "Yusuf",
+    "Zoe",
+    "Amir",
+    "Bella",
+    "Carlos",
+    "Diana",
+    "Emil",
+    "Fiona",
+    "George",
+    "Hana",
+    "Ivan",
+    "Julia",
+    "Karl",
+    "Lena",
+    "Marco",
+    "Nina",
+    "Oscar",
+    "Paula",
+]
+THINGS = [
+    "apples",
+    "oranges",
+    "books",
+    "pencils",
+    "marbles",
+    "stickers",
+    "cookies",
+    "eggs",
+    "balloons",
+    "stamps",
+    "shells",
+    "cards",
+    "cupcakes",
+    "tickets",
+    "coins",
+    "bottles",
+    "flowers",
+    "candles",
+    "notebooks",
+    "tomatoes",
+    "sandwiches",
+    "photos",
+    "bracelets",
+    "toys",
+    "chairs",
+    "lamps",
+    "bags",
+    "boxes",
+]
+PLACES = [
+    "shop",
+    "school",
+    "bakery",
+    "farm",
+    "library",
+    "garden",
+    "factory",
+    "museum",
+    "market",
+    "office",
+    "warehouse",
+    "bookstore",
+]
+WORKERS = ["workers", "students", "farmers", "painters", "bakers", "teachers", "nurses", "drivers"]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+ANIMALS = ["chickens", "cows", "sheep", "goats", "rabbits", "ducks", "horses", "dogs", "cats"]
 
 TEMPLATES = (
     "{A} has {n} {things}. {B} gives {A} {m} more {things}, and then {A} gives {k} of them to {C}. How many {things} does {A} have now?",
@@ -53,7 +133,16 @@ TEMPLATES = (
     "If {A} sleeps {k} hours every night, how many hours does {A} sleep in {j} weeks?",
     "{A} has {n} {things}, {B} has {m} fewer than {A}, and {C} has as many as {A} and {B} together. How many {things} do the three have in total?",
 )  # fmt: skip
-ENDINGS = ("", "", "", "", " Explain your answer.", " Think step by step.", " Show your work.", " Give only short steps.")
+ENDINGS = (
+    "",
+    "",
+    "",
+    "",
+    " Explain your answer.",
+    " Think step by step.",
+    " Show your work.",
+    " Give only short steps.",
+)
 
 
 def prompt(random: Random) -> str:
