@@ -77,6 +77,13 @@ class Corpus:
             found += torch.bincount(data.tokens[start:end].long(), minlength=vocab_size)
         return found
 
+    def unused(self, vocab_size: int) -> int:
+        """The lowest id that no text has, prompts included; special tokens come first in most vocabularies."""
+        used = torch.zeros(vocab_size, dtype=torch.bool)
+        for data in self._shards:
+            used[data.tokens.long()] = True
+        return int(used.long().argmin())
+
     def scale(self, columns: torch.Tensor, samples: int = 64) -> torch.Tensor:
         """Root mean square of each of these columns, over some samples."""
         states = torch.cat([self._sample(*entry)[1][:-1, columns].float() for entry in self.training[:samples]])

@@ -52,7 +52,7 @@ class DFlashDraft:
         parts = target.load(folder, tuple(range(max(0, last + 1 - shape.layers), last + 1)))
         counts = corpus.counts(len(parts.embedding))
         self._vocabulary = vocabulary(counts, shape.draft_vocab)
-        self._spec = _spec(parts, shape, counts, len(self._vocabulary))
+        self._spec = _spec(parts, shape, corpus.unused(len(parts.embedding)), len(self._vocabulary))
         columns = corpus.columns(shape.taps, self._spec.hidden_size)
         self._network = DraftNetwork(self._spec, corpus.scale(columns)).to(device)
         if not shape.random_start:
@@ -89,11 +89,9 @@ class DFlashDraft:
         }
 
 
-def _spec(parts: target.TargetParts, shape: Shape, counts: torch.Tensor, draft_vocab: int) -> DFlashSpec:
+def _spec(parts: target.TargetParts, shape: Shape, unused: int, draft_vocab: int) -> DFlashSpec:
     config = parts.config
-    mask = shape.mask_token_id
-    if mask < 0:  # a row of the embedding that no answer uses; special tokens come first in most vocabularies
-        mask = int((counts == 0).nonzero()[0]) if bool((counts == 0).any()) else 0
+    mask = shape.mask_token_id if shape.mask_token_id >= 0 else unused
     if mask >= len(parts.embedding):
         raise ConfigError(f"--mask-token-id {mask}: the target's embedding has {len(parts.embedding)} rows")
     theta = float(config.rope_parameters["rope_theta"])

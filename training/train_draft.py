@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     shape.add_argument("--block-size", type=_positive, default=8, help="input slots of one pass, the anchor among them")
     shape.add_argument("--taps", default="", help="target layers to read, from 0 on (default: the paper's)")
     shape.add_argument("--draft-vocab", type=int, default=0, help="most frequent ids that can be drafted; 0: all")
-    shape.add_argument("--mask-token-id", type=int, default=-1, help="default: an id that no answer has")
+    shape.add_argument("--mask-token-id", type=int, default=-1, help="default: an id that no text here has")
     shape.add_argument("--markov-rank", type=int, default=0, help="DSpark's bias from the token before; 0: none")
     shape.add_argument("--anchor-predicts", action="store_true", help="DSpark's layout: the anchor's slot drafts, too")
     shape.add_argument("--random-start", action="store_true", help="do not start from the target's own layers")
