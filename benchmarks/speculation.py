@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     folder = resolve(options.model, CACHE_DIR.expanduser())
-    bench = Bench(folder, DraftConfig(options.draft, options.max_draft))
+    bench = Bench(folder, DraftConfig(options.draft, max_draft=options.max_draft))
     scenarios: list[tuple[str, tuple[str, ...], int, float]] = [
         (f"repeating {i}, 1 stream", (prompt,), 1, 0.0) for i, prompt in enumerate(REPEATING)
     ]

@@ -17,6 +17,7 @@ from engine.core import model_info
 from engine.errors import EngineDead, InvalidRequest, Overloaded, SlipstreamError
 from engine.front.event_stream import EventStream
 from engine.front.in_flight import InFlight
+from engine.hub.drafts import settle_draft
 from engine.hub.resolve import resolve
 from engine.protocols import EngineObserver
 from engine.tokenizer.tokenizer import Tokenizer
@@ -68,9 +69,10 @@ class AsyncEngine:
     async def start(self, on_phase: Callable[[Phase], None]) -> None:
         """Find the checkpoint, start the process and generate one token. Raises what stood in the way, typed."""
         try:
+            config = await asyncio.to_thread(settle_draft, self._config, self._cache_dir, logger.info)
             # The process imports its libraries while the checkpoint is looked for.
             listeners = Listeners(on_phase, self._on_report, self._on_exit)
-            self._client = await EngineClient.launch(self._config, self._worker, listeners)
+            self._client = await EngineClient.launch(config, self._worker, listeners)
             began = time.monotonic()
             folder = await asyncio.to_thread(resolve, self._config.model.path, self._cache_dir, logger.info)
             on_phase(Phase("checkpoint", time.monotonic() - began, peak_memory(), str(folder)))
@@ -78,7 +80,7 @@ class AsyncEngine:
                 self._client.load(folder), asyncio.to_thread(Tokenizer.load, folder)
             )
             self._tokenizer = tokenizer
-            self._info = model_info(self._config, capacity, tokenizer.eos_ids, self._created)
+            self._info = model_info(config, capacity, tokenizer.eos_ids, self._created)
             began = time.monotonic()
             await self._first_token()
             on_phase(Phase("first token", time.monotonic() - began, peak_memory()))

@@ -5,6 +5,7 @@ The `server` section belongs to the HTTP side and is passed through unread (`ser
 
 from __future__ import annotations
 
+import os
 import re
 import types
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from engine.errors import ConfigError
 QUANTS = ("auto", "none", "fp16")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("safetensors", "dummy")
+UNTRAINED_DRAFTERS = ("ngram",)  # those that have no checkpoint
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -31,6 +33,10 @@ def parse_size(text: str) -> int | None:
     if match is None:
         raise ConfigError(f"{text!r} is not a size such as 512MiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _last_part(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -46,16 +52,27 @@ def _choice(key: str, value: str, known: tuple[str, ...]) -> None:
 class DraftConfig:
     """Who drafts for a model that is served by a speculative pipeline."""
 
-    drafter: str = "ngram"
+    drafter: str = "auto"  # a name in registry.DRAFTERS; auto: what the checkpoint is for, or ngram without one
     path: str = ""  # the draft network's checkpoint, for drafters that have one: a folder or a hub id
     max_draft: int | None = None  # most tokens of one draft; requests may ask for fewer. None: what the drafter offers
     tree: int = 0  # most nodes of a draft tree, grown where it pays; 0: chains only
+    adaptive: bool = True  # draft and verify as much as pays; false: the whole of every draft, always
     sample: bool = False  # draw drafts of requests with a temperature, for verifiers that weigh laws (rejection)
 
     def __post_init__(self) -> None:
         most = self.max_draft
         _require(most is None or 0 < most <= 64, f"models.draft.max_draft: {most} is not in 1 to 64")
         _require(0 <= self.tree <= 256, f"models.draft.tree: {self.tree} is not in 0 to 256")
+        if self.drafter == "auto" and not self.path:
+            object.__setattr__(self, "drafter", "ngram")
+        if self.drafter in UNTRAINED_DRAFTERS:
+            _require(not self.path, f"models.draft.path: the drafter {self.drafter!r} reads no checkpoint")
+            _require(not self.tree, f"models.draft.tree: the drafter {self.drafter!r} drafts no trees")
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name without its folders; empty where there is none."""
+        return _last_part(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +100,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         speculative = self.pipeline == "speculative"
-        _require(speculative or self.draft is None, f"models.draft: the pipeline {self.pipeline!r} does not draft")
+        hint = "say `pipeline: speculative`, or --draft"
+        _require(speculative or not self.draft, f"models.draft: the pipeline {self.pipeline!r} does not draft; {hint}")
         _require(not speculative or self.draft is not None, "models.draft: the speculative pipeline needs a drafter")
+        needed = speculative or self.verifier == VerifierConfig()
+        _require(needed, f"models.verifier: the pipeline {self.pipeline!r} verifies nothing; {hint}")
         _choice("quant", self.quant, QUANTS)
         _choice("dtype", self.dtype, DTYPES)
         _choice("load_format", self.load_format, LOAD_FORMATS)
@@ -95,7 +115,7 @@ class ModelConfig:
 
     @property
     def name(self) -> str:
-        return self.id or self.path.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+        return self.id or _last_part(self.path).removesuffix(".gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +198,8 @@ class Config:
 def load(path: str | Path | None = None, overrides: tuple[str, ...] = ()) -> Config:
     """Read a YAML file (or the defaults) and apply `key.path=value` overrides, for example `models.0.quant=none`.
 
+    Relative paths of models and drafts in the file are looked for in its folder, then in the folder above that, and
+    last, as those of overrides, in the working directory.
     Raises ConfigError for a file that is missing or no mapping, an unknown key, or a value of the wrong type.
     """
     data: object = {}
@@ -190,9 +212,25 @@ def load(path: str | Path | None = None, overrides: tuple[str, ...] = ()) -> Con
             raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: the top level must be a mapping")
+    if path is not None:
+        _find_paths(data, Path(path).resolve().parent)
     for override in overrides:
         _apply_override(data, override)
     return build(Config, data, "")
+
+
+def _find_paths(data: Mapping[str, object], folder: Path) -> None:
+    """Make the paths absolute that exist relative to `folder` or its parent; leave all else for later checks."""
+    models = data.get("models")
+    models = [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
+    for entry in (*models, *(model["draft"] for model in models if isinstance(model.get("draft"), dict))):
+        path = entry.get("path")
+        if not isinstance(path, str) or path in ("", "demo") or "\0" in path:
+            continue
+        places = (place / path for place in (folder, folder.parent))
+        found = next((place for place in places if os.path.lexists(place)), None)
+        if found is not None:
+            entry["path"] = os.path.normpath(found)
 
 
 T = TypeVar("T")

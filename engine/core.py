@@ -178,6 +178,7 @@ def model_info(config: EngineConfig, capacity: Capacity, eos_ids: Iterable[int],
         quant=capacity.numerics or config.model.quant,
         pipeline=config.model.pipeline,
         drafter="" if draft is None else draft.drafter,
-        max_draft=capacity.traits.lookahead if capacity.traits.drafts else 0,
+        draft="" if draft is None else draft.name,
+        max_draft=capacity.traits.max_draft,
         verifier="" if draft is None else config.model.verifier.name,
     )

@@ -15,6 +15,7 @@ from engine.config import EngineConfig, build
 from engine.core import EngineCore, model_info
 from engine.errors import ConfigError, StepFailed
 from engine.front.output import RequestOutput, merge
+from engine.hub.drafts import settle_draft
 from engine.hub.resolve import resolve
 from engine.protocols import WorkerFactory
 from engine.registry import WORKERS
@@ -73,8 +74,9 @@ class LLM:
     ) -> None:
         if config is not None and overrides:
             raise ConfigError("give LLM a config or single settings, not both")
-        config = config or configure({"path": path, **overrides})
-        folder = resolve(config.model.path, (cache_dir or CACHE_DIR).expanduser(), logger.info)
+        cache = (cache_dir or CACHE_DIR).expanduser()
+        config = settle_draft(config or configure({"path": path, **overrides}), cache, logger.info)
+        folder = resolve(config.model.path, cache, logger.info)
         self.tokenizer = Tokenizer.load(folder)
         loaded = cast(WorkerFactory, resolve_name({worker: worker}, worker, "worker"))(config, folder, _log_phase)
         self._core = EngineCore(loaded, config)

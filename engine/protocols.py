@@ -59,6 +59,20 @@ class Pipeline(Protocol):
     def num_states(self) -> int: ...
 
 
+class PricedPipeline(Pipeline, Protocol):
+    """One that weighs what its drafts cost."""
+
+    def set_costs(
+        self,
+        step_costs: tuple[tuple[int, float], ...],
+        draft_costs: tuple[tuple[int, float], ...] = (),
+        tree_costs: tuple[tuple[int, float], ...] = (),
+        /,
+    ) -> None:
+        """As in `Capacity`; `tree_costs`: (tokens fed, seconds) of passes over draft trees. Empty: nothing is cut."""
+        ...
+
+
 class Follower(Protocol):
     """Keeps an entry of its own for every slot of the target's KV pool: a draft's context, for example.
 
@@ -85,6 +99,11 @@ class ForwardRunner(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def block_size(self) -> int:
+        """Of its pool, in slots."""
+        ...
 
     def compact(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy slots `source` [k] to slots `target` [k] of the pool: the accepted path of a draft tree, in order."""
@@ -204,8 +223,10 @@ class DraftProposal:
     """Drafts for the n requests asked about, in their order.
 
     `tokens` [n, k] int64: each row holds lengths[i] tokens, then -1. `parents` [n, k] gives a tree: the index of each
-    token's parent in its row, parents first, -1 for the last committed token; None is a chain. `law` is what the tokens
-    were really drawn from; `marginal` what the draft model thought of them, however they were chosen, where it says.
+    token's parent in its row, parents first, -1 for the last committed token, and siblings differ; None is a chain, as
+    all drafters give: pipelines grow trees from `options`.
+    `law` is what the tokens were really drawn from; `marginal` what the draft model thought of them, however they were
+    chosen, where it says.
     `margins` [n, k] float32 is anything that grows with the chance that a token stands, known before it is drawn: the
     distance of the two best logits, or a confidence head's logit.
     """
@@ -241,9 +262,7 @@ class Drafter(Protocol):
         """These tokens follow the committed ones."""
         ...
 
-    def propose(
-        self, asks: Sequence[DraftAsk], sampler: DraftSampler | None = None, width: int = 0
-    ) -> DraftProposal:
+    def propose(self, asks: Sequence[DraftAsk], sampler: DraftSampler | None = None, width: int = 0) -> DraftProposal:
         """Tokens are the likeliest ones, unless there is a `sampler` to draw them (then `law` is Dense).
 
         `width` > 0 asks for that many `options`; drafters that have none to give leave them out.
@@ -291,6 +310,37 @@ class BlockDraftModel(Protocol):
         ...
 
 
+class DraftChain(Protocol):
+    """Drafts under way, one token a pass; made by `ChainDraftModel.start`."""
+
+    def advance(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Feed the next token [m] of the first m chains (m never grows; the anchors come first; ids of the target).
+
+        Logits [m, draft vocabulary] float32 of what follows them, and last hidden states [m, width].
+        """
+        ...
+
+
+class ChainDraftModel(Protocol):
+    """An autoregressive draft network over a KV pool of its own, which shares the target's block ids. A `Follower`."""
+
+    @property
+    def most(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def start(self, asks: Sequence[DraftAsk]) -> DraftChain:
+        """Begin chains at the anchors of requests whose limits fall, all at positions > 0, none with fed > 1."""
+        ...
+
+    def target_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """As `BlockDraftModel.target_ids`, and so is `widen`."""
+        ...
+
+    def widen(self, logits: torch.Tensor) -> torch.Tensor: ...
+
+
 class Chance(Protocol):
     """The coins of one verification: functions of request and position, in streams that share no number."""
 
@@ -298,8 +348,11 @@ class Chance(Protocol):
         """[n, k] float64 in (0, 1): one coin for each drafted position."""
         ...
 
-    def draw(self, log_weights: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        """A token [n] int64 from each row of unnormalised laws [n, vocabulary], to stand at row steps[i] of draft i."""
+    def draw(self, log_weights: torch.Tensor, drafts: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        """A token [m] int64 from each of m laws, to replace token steps[i] of draft drafts[i].
+
+        `log_weights` [m, vocabulary] float64 need not be normalised; `drafts` and `steps` [m] int64.
+        """
         ...
 
 
@@ -323,7 +376,7 @@ class TargetRows:
 class Verdict:
     """`accepted` [n] int64: how many drafted tokens stand. `next_token` [n] int64 follows them; -1 if there is none.
 
-    `path` [n, k] int64 holds the indices of the accepted tokens in their row, in order, then -1; for a chain 0, 1, 2, ...
+    `path` [n, k] int64 holds the indices of the accepted tokens in their row, in order, then -1; of a chain 0, 1, ...
     """
 
     accepted: torch.Tensor

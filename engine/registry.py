@@ -22,9 +22,17 @@ ATTENTION = {
 }
 DRAFTERS = {
     "ngram": "engine.drafters.ngram:NgramDrafter",
+    "dflash": "engine.drafters.dflash:DFlashDrafter",
+    "eagle3": "engine.drafters.eagle3:Eagle3Drafter",
+}
+# Drafters with a network: `load(folder, host)` of models.draft_host; they take the network over its pool.
+DRAFT_MODELS = {
+    "dflash": "engine.models.dflash.model:load",
+    "eagle3": "engine.models.eagle3.model:load",
 }
 VERIFIERS = {
     "strict": "engine.verifiers.strict:StrictVerifier",
+    "rejection": "engine.verifiers.rejection:RejectionVerifier",
 }
 WORKERS = {
     "local": "engine.runtime.worker:LocalWorker",

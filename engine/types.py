@@ -7,6 +7,7 @@ so they hold only ints, floats, strings, booleans, None, tuples and other such t
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
@@ -62,6 +63,7 @@ class SpeculationParams:
     enabled: bool = True  # where the model is served with a drafter
     max_draft: int | None = None  # most drafted tokens of one round; None: the server's
     report: bool = False  # put a SpeculationReport into the answer
+    trace: bool = False  # tell of each token where it came from (TokenEvent.origins)
 
     def bound(self, most: int) -> int:
         """Most tokens to draft for this request where the pipeline drafts at most `most`."""
@@ -99,15 +101,11 @@ class SequenceStatus(Enum):
 class Survival:
     """How a sequence's drafts fared lately: fading counts of drafted tokens that stood, and of rounds cut short."""
 
-    stood: float = 1.5
-    fell: float = 1.0
-    resting: int = 0  # steps since it was last allowed a draft
+    stood: float = 0.0
+    fell: float = 0.0
+    belief: float = 1.0  # weight that is left of what was believed before its first round
+    resting: int = 0  # steps since it was last drafted for
     patience: int = 32  # so many steps without a draft end in a short one, to see whether times have changed
-
-    @property
-    def rate(self) -> float:
-        """Estimated chance that a drafted token stands, given that those before it do."""
-        return self.stood / (self.stood + self.fell)
 
 
 @dataclass(slots=True, eq=False)
@@ -166,6 +164,12 @@ class DecodeTraits:
     chunkable: bool = True  # may a prompt be computed over several steps
     prefix_cacheable: bool = True  # is a full block's KV a pure function of the tokens up to its end
     drafts: bool = False  # lookahead positions hold drafts: fewer of them, or none, give the same tokens
+    depth: int = 0  # of drafts: most of them that one round may commit, fewer than `lookahead` where they are trees
+
+    @property
+    def max_draft(self) -> int:
+        """Most drafted tokens that may stand in one round."""
+        return (self.depth or self.lookahead) if self.drafts else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,8 +236,11 @@ class SeqResult:
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     drafted: int = 0
     accepted: int = 0
+    # Of drafted tokens that were not verified: how many would have stood, on average, and the chance that one fell.
+    foreseen: tuple[float, float] = (0.0, 0.0)
     nfe: int = 1  # forward passes of the target spent
     error: str | None = None
+    leaf: bool = False  # of a draft tree: nothing was drafted to follow the accepted tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +261,31 @@ class Capacity:
     # (tokens fed, seconds) of measured decode steps, rising; what drafts cost. Empty: not measured, drafts are free.
     step_costs: tuple[tuple[int, float], ...] = ()
     numerics: str = ""  # device, number types, packing, attention: what the last digits of a logit depend on
+    # (requests drafted for, seconds) of measured draft passes, rising. Empty: drafting costs no time, or none is known.
+    draft_costs: tuple[tuple[int, float], ...] = ()
+
+
+class CostTable:
+    """Seconds by a count of tokens or requests: measured points, straight lines between and beyond them."""
+
+    def __init__(self, points: tuple[tuple[int, float], ...]) -> None:
+        self._counts = [count for count, _ in points]
+        self._points = [seconds for _, seconds in points]
+        self._seconds: list[float] = []
+
+    def __bool__(self) -> bool:
+        return len(self._counts) > 1
+
+    def seconds(self, count: int) -> float:
+        right = min(max(bisect_left(self._counts, count), 1), len(self._counts) - 1)
+        (x0, x1), (y0, y1) = self._counts[right - 1 : right + 1], self._points[right - 1 : right + 1]
+        return y0 + (y1 - y0) * (count - x0) / (x1 - x0)
+
+    def upto(self, count: int) -> list[float]:
+        """Seconds of 0, 1, 2, ... `count` or more, by index; made once."""
+        while len(self._seconds) <= count:
+            self._seconds.append(self.seconds(len(self._seconds)))
+        return self._seconds
 
 
 # ---- what leaves the engine process ----------------------------------------------------------------------
@@ -275,6 +307,7 @@ class SeqUpdate:
     preemptions: int = 0
     drafted: int = 0  # tokens that this step's round drafted, and how many of those stood
     accepted: int = 0
+    leaf: bool = False  # see SeqResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +355,7 @@ class ModelInfo:
     quant: str  # as configured, or the worker's own `numerics`
     pipeline: str
     drafter: str = ""  # empty: requests are never drafted for
+    draft: str = ""  # name of the drafter's checkpoint, without its folders; empty where it has none
     max_draft: int = 0
     verifier: str = ""
     lossless: bool = True  # do drafted requests get tokens of the target's own law
@@ -360,7 +394,9 @@ class TokenEvent:
 
     `text` may lag behind `token_ids` (incomplete characters, possible stop strings) and be empty.
     `logprobs`, if asked for, matches `token_ids` one to one. `offsets` holds, for each token, the index in
-    the request's whole output text at which that token's text starts.
+    the request's whole output text at which that token's text starts. `origins`, if asked for, has a letter for each
+    token: d was drafted and stood, c is the target's own in place of a draft that did not, b the target's own behind a
+    draft that stood whole, p came from a step in which nothing was drafted for the request.
     """
 
     request_id: str
@@ -373,6 +409,7 @@ class TokenEvent:
     finish: FinishReason | None = None
     stop_reason: int | str | None = None
     speculation: SpeculationReport | None = None  # with `finish`, where the request asks for it
+    origins: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,7 +154,7 @@ def _check_envelope(request: Request) -> None:
 
 def _check_speculation(params: SpeculationParams) -> None:
     """A model without a drafter takes any of it: then nothing is drafted, and the tokens are the same."""
-    for name in ("enabled", "report"):
+    for name in ("enabled", "report", "trace"):
         if type(getattr(params, name)) is not bool:
             raise InvalidRequest(f"speculation.{name} must be true or false", param=f"speculation.{name}")
     if not _optional_integer(params.max_draft, 0, MAX_DRAFT):

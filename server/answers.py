@@ -14,6 +14,8 @@ from engine.types import FinishReason, ModelInfo, SpeculationReport, TokenEvent,
 from server.convert import Job
 from server.speculation import speculation_fields
 
+SAME_TOKENS = ("", "strict")  # verifiers under which a seeded answer does not depend on what was drafted
+
 Fields = dict[str, object]
 T = TypeVar("T")
 
@@ -98,7 +100,8 @@ class Meter:
 
 def fingerprint(info: ModelInfo) -> str:
     """Changes when the same request might get another answer; tells nothing of paths."""
-    drafting = () if info.lossless else (info.drafter, info.max_draft, info.verifier)
+    same = info.lossless and info.verifier in SAME_TOKENS
+    drafting = () if same else (info.drafter, info.draft, info.max_draft, info.verifier)
     facts = (info.path, info.pipeline, info.quant, info.max_model_len, info.vocab_size, info.eos_ids, *drafting)
     return f"fp_{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
 
@@ -128,6 +131,7 @@ def join(events: Sequence[TokenEvent]) -> TokenEvent:
         finish=last.finish,
         stop_reason=last.stop_reason,
         speculation=last.speculation,
+        origins=None if last.origins is None else "".join(event.origins or "" for event in events),
     )
 
 

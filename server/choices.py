@@ -8,6 +8,7 @@ from server.convert import Job
 from server.logprobs import CompletionLogprobs, Spelling, chat_entry, prompt_entry, prompt_offsets
 from server.schemas import CompletionBody
 from server.schemas_chat import ChatBody
+from server.speculation import trace_fields
 
 
 class CompletionChoices:
@@ -42,7 +43,7 @@ class CompletionChoices:
     def piece(self, index: int, event: TokenEvent) -> Fields | None:
         finish, shown = finish_word(event.finish), not self._job.score_only
         first = index not in self._begun
-        wanted = self._return_ids or self._logprobs is not None
+        wanted = self._return_ids or self._logprobs is not None or event.origins
         if not (event.text or finish or (first and self._echo) or (wanted and event.token_ids)):
             return None
         self._begun.add(index)
@@ -56,6 +57,8 @@ class CompletionChoices:
         if self._return_ids:
             choice["prompt_token_ids"] = list(self._job.prompt_of(index).ids) if first else None
             choice["token_ids"] = list(event.token_ids) if shown else []
+        if event.origins is not None and shown:
+            choice["speculation"] = trace_fields(event, len(self._prompt_text(index)))
         return choice
 
     def _prompt_text(self, index: int) -> str:
@@ -119,10 +122,12 @@ class ChatChoices:
         }
         if self._return_ids:
             choice["token_ids"] = list(event.token_ids)
+        if event.origins is not None:
+            choice["speculation"] = trace_fields(event)
         return choice
 
     def piece(self, index: int, event: TokenEvent) -> Fields | None:
-        finish, wanted = finish_word(event.finish), self._return_ids or self._top is not None
+        finish, wanted = finish_word(event.finish), self._return_ids or self._top is not None or event.origins
         if not (event.text or finish or (wanted and event.token_ids)):
             return None
         choice: Fields = {
@@ -135,6 +140,8 @@ class ChatChoices:
             choice["stop_reason"] = event.stop_reason
         if self._return_ids:
             choice["token_ids"] = list(event.token_ids)
+        if event.origins is not None:
+            choice["speculation"] = trace_fields(event)
         return choice
 
     def _scores(self, entries: tuple[TokenLogprob, ...]) -> Fields | None:

@@ -6,11 +6,13 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import httpx
 import msgspec
 
-from server.settings import load_settings
+from server.draft_view import DraftView, Report, Trace, legend
+from server.settings import load_settings, wants_colours
 
 _HELP = "/clear forgets the conversation, /exit leaves (as does Ctrl-D); Ctrl-C stops an answer."
 
@@ -26,6 +28,7 @@ class _Delta(msgspec.Struct):
 class _Choice(msgspec.Struct):
     text: str = ""
     delta: _Delta = msgspec.field(default_factory=_Delta)
+    speculation: Trace | None = None
 
 
 class _Error(msgspec.Struct):
@@ -36,7 +39,16 @@ class _Chunk(msgspec.Struct):
     """One event of a stream, or the body of an error: only the fields that are read here."""
 
     choices: list[_Choice] = msgspec.field(default_factory=list)
+    speculation: Report | None = None
     error: _Error | None = None
+
+
+class Piece(NamedTuple):
+    """What one chunk says of the answer."""
+
+    text: str
+    trace: Trace | None = None
+    report: Report | None = None
 
 
 class _Model(msgspec.Struct):
@@ -50,7 +62,7 @@ class _ModelList(msgspec.Struct):
 class Client:
     """One server, one model. Raises ClientError for everything that can go wrong on the way."""
 
-    def __init__(self, url: str, api_key: str | None, model: str | None, options: Mapping[str, float | int]) -> None:
+    def __init__(self, url: str, api_key: str | None, model: str | None, options: Mapping[str, object]) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         timeout = httpx.Timeout(10, read=None)  # a long queue is no error
         self._http = httpx.Client(base_url=_base(url), headers=headers, timeout=timeout)
@@ -69,15 +81,17 @@ class Client:
             raise ClientError(f"the server at {self._http.base_url} serves no model")
         self.model = models[0].id
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> Generator[str, None, None]:
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> Generator[Piece, None, None]:
         """The pieces of the answer, as they come."""
         for chunk in self._stream("chat/completions", {"messages": list(messages)}):
-            yield from (choice.delta.content or "" for choice in chunk.choices)
+            for choice in chunk.choices or [_Choice()]:
+                yield Piece(choice.delta.content or "", choice.speculation, chunk.speculation)
 
-    def complete(self, prompt: str) -> Generator[str, None, None]:
+    def complete(self, prompt: str) -> Generator[Piece, None, None]:
         """The pieces of the continuation, as they come."""
         for chunk in self._stream("completions", {"prompt": prompt}):
-            yield from (choice.text for choice in chunk.choices)
+            for choice in chunk.choices or [_Choice()]:
+                yield Piece(choice.text, choice.speculation, chunk.speculation)
 
     def close(self) -> None:
         self._http.close()
@@ -138,7 +152,7 @@ def chat(arguments: Sequence[str]) -> int:
     parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
     parsed = parser.parse_args(arguments)
     system = [{"role": "system", "content": parsed.system}] if parsed.system else []
-    return _with_client(parsed, lambda client: _converse(client, system))
+    return _with_client(parsed, lambda client: _converse(client, system, parsed.show_drafts))
 
 
 def complete(arguments: Sequence[str]) -> int:
@@ -146,18 +160,21 @@ def complete(arguments: Sequence[str]) -> int:
     parser = _parser("complete", "Print how a served model continues a text.")
     parser.add_argument("text", help="the text to continue; - reads it from standard input")
     parsed = parser.parse_args(arguments)
-    return _with_client(
-        parsed, lambda client: _print_pieces(client.complete(sys.stdin.read() if parsed.text == "-" else parsed.text))
-    )
+    text = sys.stdin.read() if parsed.text == "-" else parsed.text
+    return _with_client(parsed, lambda client: _print_pieces(client.complete(text), parsed.show_drafts))
 
 
 def _with_client(parsed: argparse.Namespace, use: Callable[[Client], object]) -> int:
     names = ("max_tokens", "temperature", "top_p", "seed")
-    options = {name: value for name in names if (value := getattr(parsed, name)) is not None}
+    options: dict[str, object] = {name: value for name in names if (value := getattr(parsed, name)) is not None}
+    if parsed.show_drafts:
+        options["speculation"] = {"report": True, "trace": True}
     api_key = parsed.api_key or next(iter(load_settings().keys), None)
     try:
         with contextlib.closing(Client(parsed.url, api_key, parsed.model, options)) as client:
             client.find_model()
+            if parsed.show_drafts:
+                print(legend(wants_colours(sys.stdout)))
             use(client)
     except (ClientError, httpx.InvalidURL) as error:
         print(f"slipstream: {error}", file=sys.stderr)
@@ -165,7 +182,7 @@ def _with_client(parsed: argparse.Namespace, use: Callable[[Client], object]) ->
     return 0
 
 
-def _converse(client: Client, system: list[dict[str, str]]) -> None:
+def _converse(client: Client, system: list[dict[str, str]], show_drafts: bool = False) -> None:
     history = list(system)
     prompt = ""
     if sys.stdin.isatty():
@@ -188,7 +205,7 @@ def _converse(client: Client, system: list[dict[str, str]]) -> None:
         elif text:
             history.append({"role": "user", "content": text})
             try:
-                answer = _print_pieces(client.chat(history))
+                answer = _print_pieces(client.chat(history), show_drafts)
             except ClientError as error:
                 print(f"slipstream: {error}", file=sys.stderr)
                 history.pop()  # so that the next message does not fail for the same reason
@@ -196,14 +213,16 @@ def _converse(client: Client, system: list[dict[str, str]]) -> None:
                 history.append({"role": "assistant", "content": answer})
 
 
-def _print_pieces(pieces: Generator[str, None, None]) -> str:
+def _print_pieces(pieces: Generator[Piece, None, None], show_drafts: bool = False) -> str:
     """Print a stream as it comes and return the whole of it; Ctrl-C ends it, and closing it tells the server."""
-    whole = []
+    view = DraftView(wants_colours(sys.stdout)) if show_drafts else None
+    whole, report = [], None
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(pieces):
-        for piece in pieces:
-            whole.append(piece)
-            print(piece, end="", flush=True)
-    print()
+        for text, trace, told in pieces:
+            report = told or report
+            whole.append(text)
+            print(text if view is None else view.show(text, trace), end="", flush=True)
+    print("" if view is None else view.close(report))
     return "".join(whole)
 
 
@@ -216,4 +235,5 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token each time")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens of this joint mass")
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+    parser.add_argument("--show-drafts", action="store_true", help="mark each token by where it came from")
     return parser

@@ -15,8 +15,8 @@ from dataclasses import asdict
 
 import yaml
 
-from engine.config import Config, load
-from engine.errors import SlipstreamError
+from engine.config import UNTRAINED_DRAFTERS, Config, load
+from engine.errors import ConfigError, SlipstreamError
 from server.settings import Settings, load_settings
 from server.startup import StartupTable, base_url
 
@@ -66,7 +66,12 @@ def _read(command: str, description: str, arguments: Sequence[str]) -> tuple[Con
     parser.add_argument("--host", metavar="H", help="where to listen (default: 127.0.0.1)")
     parser.add_argument("--port", metavar="P", type=int, help="default: 8000")
     parser.add_argument(
-        "--draft", metavar="DRAFTER", help="decode speculatively with this drafter, as in --draft ngram"
+        "--draft", metavar="DRAFT", help="draft with `ngram`, or with a draft checkpoint: its folder or hub id"
+    )
+    parser.add_argument("--max-draft", metavar="N", type=int, help="most tokens of one draft")
+    parser.add_argument("--draft-tree", metavar="N", type=int, help="draft trees of up to N tokens where they pay")
+    parser.add_argument(
+        "--verifier", metavar="NAME", help="which drafted tokens stand: strict (the default), rejection"
     )
     parser.add_argument(
         "--set",
@@ -79,12 +84,23 @@ def _read(command: str, description: str, arguments: Sequence[str]) -> tuple[Con
     overrides = list(parsed.set)
     if parsed.model is not None:  # another model, so not the name that the file gives to its own
         overrides = [f"models.0.path={json.dumps(parsed.model)}", 'models.0.id=""', *overrides]
-    if parsed.draft is not None:
-        drafter = f"models.0.draft.drafter={json.dumps(parsed.draft)}"
-        overrides = ["models.0.pipeline=speculative", drafter, *overrides]
-    config = load(parsed.config, tuple(overrides))
+    config = load(parsed.config, (*_draft_overrides(parsed), *overrides))
     flags = {name: value for name in ("host", "port") if (value := getattr(parsed, name)) is not None}
     return config, load_settings(config.server, **flags)
+
+
+def _draft_overrides(parsed: argparse.Namespace) -> list[str]:
+    """What the flags that are about drafts change in the first model."""
+    overrides = []
+    if parsed.draft is not None:
+        if not parsed.draft:
+            raise ConfigError("--draft: expected `ngram`, or the folder or hub id of a draft checkpoint")
+        plain = parsed.draft in UNTRAINED_DRAFTERS
+        drafter, path = (parsed.draft, "") if plain else ("auto", parsed.draft)
+        overrides += ["pipeline=speculative", f"draft.path={json.dumps(path)}", f"draft.drafter={drafter}"]
+    flags = {"draft.max_draft": parsed.max_draft, "draft.tree": parsed.draft_tree, "verifier.name": parsed.verifier}
+    overrides += [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
+    return [f"models.0.{override}" for override in overrides]
 
 
 def listen(host: str, port: int) -> list[socket.socket]:

@@ -115,6 +115,11 @@ class Speculation(BaseModel):
         description="Put an object `speculation` into the answer, with verifier, lossy, rounds, drafted, accepted and"
         " histogram.",
     )
+    trace: bool | None = Field(
+        None,
+        description="Put an object `speculation` into each choice (of each chunk), with a letter for each token in"
+        " `origins`: d drafted, c corrected, b bonus, p plain; and where its text starts in `offsets`.",
+    )
 
 
 class GenerationBody(Body):

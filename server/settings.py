@@ -6,9 +6,10 @@ This is the only module that reads environment variables. What is given later wi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TextIO
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
@@ -80,6 +81,11 @@ class Settings(BaseSettings):
         """All accepted API keys; none of them means that the server is open."""
         keys = (*self.api_keys, *((self.api_key,) if self.api_key else ()))
         return tuple(key.get_secret_value() for key in keys)
+
+
+def wants_colours(out: TextIO) -> bool:
+    """Does who reads `out` like colours? A pipe does not, nor does NO_COLOR (no-color.org)."""
+    return out.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def load_settings(section: Mapping[str, object] | None = None, **overrides: object) -> Settings:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import zip_longest
 
-from engine.types import ModelInfo, SpeculationParams, SpeculationReport
+from engine.types import ModelInfo, SpeculationParams, SpeculationReport, TokenEvent
 from server.errors import ApiError, shorten
 from server.schemas import Speculation, default
 
@@ -20,10 +21,10 @@ def speculation_params(asked: Speculation | None, info: ModelInfo) -> Speculatio
     wanted = "enabled" if asked.enabled else "max_draft" if asked.max_draft and asked.enabled is not False else ""
     if wanted and not info.max_draft:
         raise _refused(wanted, "this model is served without a drafter")
-    params = SpeculationParams(default(asked.enabled, True), asked.max_draft, bool(asked.report))
-    if _lossy(params, info) and not params.report:
-        return SpeculationParams(params.enabled, params.max_draft, report=True)
-    return params
+    params = SpeculationParams(
+        default(asked.enabled, True), asked.max_draft, bool(asked.report), trace=bool(asked.trace)
+    )
+    return replace(params, report=True) if _lossy(params, info) else params
 
 
 def speculation_fields(
@@ -41,12 +42,21 @@ def speculation_fields(
     }
 
 
+def trace_fields(event: TokenEvent, start: int = 0) -> dict[str, object]:
+    """A choice's `speculation`, where the request asked for one: where each token came from, and where its text starts.
+
+    `start`: characters that stand before the answer, as an echoed prompt does.
+    """
+    return {"origins": event.origins, "offsets": [start + offset for offset in event.offsets]}
+
+
 def speculation_card(info: ModelInfo) -> dict[str, object] | None:
     """What a model's entry in /v1/models says: None where nothing is drafted."""
     if not info.max_draft:
         return None
     return {
         "drafter": info.drafter,
+        "draft": info.draft or None,
         "max_draft": info.max_draft,
         "verifier": info.verifier,
         "lossy": not info.lossless,

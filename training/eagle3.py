@@ -210,23 +210,3 @@ class Eagle3Task:
         )
         right = (best.view_as(ids) == ids) & inside
         return total / weights.sum().clamp(min=1.0), right, inside
-
-
-@torch.no_grad()
-def initialise(network: Eagle3Network, parts: TargetParts) -> None:
-    """Start from the target's last layer, which then reads mostly the last tap; the token's half begins small."""
-    spec = network.spec
-    width = spec.hidden_size
-    network.fc.weight.normal_(std=0.3 / network.fc.in_features**0.5)
-    network.norm.weight.copy_(parts.norm)
-    if spec.target_hidden_size == width:
-        network.fc.weight[:, -width:] += 0.7 * torch.eye(width, device=network.fc.weight.device)
-    own = dict(network.midlayer.named_parameters())
-    for name, value in parts.layers.get(parts.config.num_hidden_layers - 1, {}).items():
-        if name == "input_layernorm.weight":
-            own["hidden_norm.weight"].copy_(value)
-        elif name in own and own[name].shape == value.shape:
-            own[name].copy_(value)
-        elif name in own and own[name].shape == (value.shape[0], 2 * value.shape[1]):
-            own[name][:, width:] = value.to(own[name])
-            own[name][:, :width].normal_(std=float(value.std()))

@@ -14,12 +14,16 @@ from engine.models.eagle3.spec import Eagle3Spec
 from training import target
 from training.batches import Corpus
 from training.dflash import Recipe
-from training.eagle3 import Eagle3Network, Eagle3Task, initialise
+from training.eagle3 import Eagle3Network, Eagle3Task
 from training.shapes import Shape, vocabulary
 
 
 class Eagle3Draft:
-    """See `drafts.Draft`. A chain is a token shorter than `block_size`, so that both kinds draft the same number."""
+    """See `drafts.Draft`. A chain is a token shorter than `block_size`, so that both kinds draft the same number.
+
+    It always starts at random: the target's last layer knows nothing of the token's half of the input, and as a start
+    it kept the loss higher for longer.
+    """
 
     def __init__(self, folder: Path, corpus: Corpus, shape: Shape, device: torch.device) -> None:
         last = target.last_layer(folder)
@@ -27,14 +31,12 @@ class Eagle3Draft:
             raise ConfigError(f"--taps {shape.taps}: the target's layers are 0 to {last}")
         if shape.layers != 1 or shape.markov_rank or shape.anchor_predicts:
             raise ConfigError("--layers, --markov-rank and --anchor-predicts: an EAGLE-3 draft has one plain layer")
-        parts = target.load(folder, (last,))
+        parts = target.load(folder)
         self._vocabulary = vocabulary(corpus.counts(len(parts.embedding)), shape.draft_vocab)
         self._spec = eagle3_spec(parts, shape, len(self._vocabulary))
         width = self._spec.target_hidden_size
         scale = corpus.scale(corpus.columns(shape.taps, width))
         self._network = Eagle3Network(self._spec, scale).to(device)
-        if not shape.random_start:
-            initialise(self._network, parts)
         self._parts, self._corpus, self._shape = parts, corpus, shape
         columns = corpus.columns((*shape.taps, last), width)
         recipe = Recipe(shape.decay, shape.hard)

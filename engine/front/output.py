@@ -42,6 +42,14 @@ class Rounds:
         return SpeculationReport(sum(self._histogram), self._drafted, accepted, tuple(self._histogram))
 
 
+def origins(update: SeqUpdate, kept: int) -> str:
+    """The letters of its first `kept` tokens, see TokenEvent."""
+    if not update.drafted:
+        return "p" * kept
+    own = "b" if update.leaf or update.accepted == update.drafted else "c"
+    return ("d" * update.accepted + own)[:kept]
+
+
 class RequestOutput:
     """Detokenizes, cuts at stop strings and keeps the times of one request. Times are in `time.monotonic()`."""
 
@@ -93,6 +101,7 @@ class RequestOutput:
             finish=finish,
             stop_reason=piece.stop if piece.stop is not None else update.stop_token_id,
             speculation=self._rounds.report() if finish and self.request.speculation.report else None,
+            origins=origins(update, piece.num_tokens) if self.request.speculation.trace else None,
         )
 
     def _note(self, update: SeqUpdate) -> None:
@@ -145,4 +154,5 @@ def merge(events: list[TokenEvent]) -> TokenEvent:
         finish=last.finish,
         stop_reason=last.stop_reason,
         speculation=last.speculation,
+        origins=None if last.origins is None else "".join(event.origins or "" for event in events),
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from engine.pipelines.trees import Tree
 from engine.runtime.batch import SeqInput
 from engine.runtime.sampler import SamplingState, prompt_logprobs
 from engine.types import ScheduledSeq, SeqResult, StepPlan, TokenLogprob
@@ -33,7 +34,10 @@ class SeqState:
 
 @dataclass(slots=True, eq=False)
 class Share:
-    """One sequence's part of the running step: feed `ids`, committed tokens from position `start`, then `drafts`."""
+    """One sequence's part of the running step: feed `ids`, committed tokens from position `start`, then `drafts`.
+
+    The drafts are a chain, or the nodes of a `tree` below a single committed token.
+    """
 
     item: ScheduledSeq
     state: SeqState
@@ -41,6 +45,7 @@ class Share:
     ids: Sequence[int]
     samples: bool  # the step reaches the end of its tokens
     drafts: Sequence[int] = ()
+    tree: Tree | None = None
     scored: range = field(default_factory=lambda: range(0))  # its rows whose successor is a prompt token to report
 
     @property
@@ -50,7 +55,12 @@ class Share:
 
     def input(self) -> SeqInput:
         ids = [*self.ids, *self.drafts] if self.drafts else self.ids
-        return SeqInput(ids, self.start, self.item.block_ids, self.end + len(self.drafts))
+        rows = None if self.tree is None else self.tree.rows(self.start)
+        return SeqInput(ids, self.start, self.item.block_ids, self.end + len(self.drafts), rows)
+
+    def ahead(self) -> list[SamplingState]:
+        """What the draws see after the last committed token, then after each drafted one."""
+        return self.state.sampling.ahead(self.drafts, None if self.tree is None else self.tree.parents)
 
 
 class StateTable:

@@ -2,32 +2,72 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from engine.config import EngineConfig
+from engine.models.draft_host import LoadedDraft
 from engine.runtime.batch import SeqInput
+from engine.runtime.drafts import scratch_blocks
+from engine.runtime.kv_cache import block_bytes
 from engine.runtime.loading import LoadedModel
 from engine.runtime.memory import activation_bytes, available_bytes, measured_budget, plan_pool
 from engine.runtime.runner import ModelRunner
 from engine.runtime.sampler import Sampler, SamplingState
+from engine.runtime.weights import weight_bytes
 from engine.types import Request, SamplingParams
 
 # On CUDA, besides the largest step: captured graphs, the workspaces of libraries, and what the allocator can't reuse.
 GRAPHS = 1 << 29
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes that a loaded target and its draft hold. What the draft uses of the target's weights is the target's."""
+
+    target_weights: int
+    draft_weights: int
+    target_pool: int
+    draft_pool: int
+
+
+def memory_of(loaded: LoadedModel, draft: LoadedDraft | None, config: EngineConfig, num_blocks: int) -> Memory:
+    """What a target and its draft hold, with a pool of `num_blocks` blocks."""
+    size = config.kv.block_size
+    draft_weights, draft_pool = 0, 0
+    if draft is not None:
+        draft_weights = weight_bytes(draft.network)
+        draft_pool = (num_blocks + scratch_blocks(config, draft)) * draft.block_bytes(size)
+    pool = num_blocks * block_bytes(loaded.shapes, size, loaded.placement.dtype)
+    return Memory(weight_bytes(loaded.adapter.model), draft_weights, pool, draft_pool)
+
+
 def size_pool(
-    config: EngineConfig, loaded: LoadedModel, bytes_per_block: int, lookahead: int = 0
+    config: EngineConfig,
+    loaded: LoadedModel,
+    bytes_per_block: int,
+    lookahead: int = 0,
+    draft: LoadedDraft | None = None,
 ) -> tuple[int, int, str]:
-    """(blocks, tokens that one sequence may have, what a step's temporaries need in words). See `plan_pool`."""
+    """(blocks, tokens that one sequence may have, what a step's temporaries need in words). See `plan_pool`.
+
+    A draft's pool has a block for each of the target's, so the two share the memory; its scratch comes on top.
+    """
     device = loaded.placement.device
+    drafting = 0
+    if draft is not None:
+        each = draft.block_bytes(config.kv.block_size)
+        bytes_per_block += each
+        drafted = config.scheduler.max_num_seqs * draft.most  # rows, with their logits twice
+        drafting = scratch_blocks(config, draft) * each + 2 * 4 * drafted * loaded.adapter.vocab_size
     if device.type == "cpu":
         text = loaded.adapter.config
         intermediate = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-        reserve = activation_bytes(config, text.hidden_size, intermediate, loaded.adapter.vocab_size)
+        reserve = activation_bytes(config, text.hidden_size, intermediate, loaded.adapter.vocab_size) + drafting
         blocks, length = plan_pool(config, bytes_per_block, loaded.context_length, available_bytes(), reserve)
         return blocks, length, f"{_mib(reserve)} kept for a step (estimated)"
-    reserve = step_peak(config, loaded, lookahead) + GRAPHS
+    reserve = step_peak(config, loaded, lookahead) + GRAPHS + drafting
     free, total = torch.cuda.mem_get_info(device)
     own = torch.cuda.memory_reserved(device)
     measured = measured_budget(config, total, free, own) - reserve

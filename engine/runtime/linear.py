@@ -34,6 +34,11 @@ class PackedLinear(nn.Module):
         )
 
     @property
+    def packed_bytes(self) -> int:
+        """About what the packed weights take."""
+        return 2 * self.in_features * self.out_features
+
+    @property
     def weight(self) -> torch.Tensor:
         """[out, in] float32 as rounded, unpacked at every read: some routers multiply by hand."""
         return torch.ops.quantized.linear_unpack_fp16(self.packed)[0]

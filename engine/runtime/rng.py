@@ -1,8 +1,9 @@
 """Randomness as a function: the same (seed, choice, position, purpose, step, lane) always gives the same number.
 
 Philox4x64-10 of Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011), with
-key = (seed, choice) and counter = (lane block, position, purpose, denoise step). A block is four 64-bit words, that is
-eight lanes of 32 bits: lane i is the low (even i) or high (odd i) half of word (i % 8) // 2 of block i // 8.
+key = (seed, choice) and counter = (lane block, position, purpose, step), the step being a denoise step or a place in a
+draft. A block is four 64-bit words, that is eight lanes of 32 bits: lane i is the low (even i) or high (odd i) half of
+word (i % 8) // 2 of block i // 8.
 For a draw over the vocabulary the lane is the token id, so a token's noise depends on nothing but that.
 
 CPU tensors get their bits from numpy's C generator, others from the torch twin; both give the same bits.
@@ -27,6 +28,8 @@ _MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 _WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 _ROUNDS = 10
 _LOW = 0xFFFFFFFF
+_FRACTION = (1 << 52) - 1
+_POSITION = 2  # where Draw holds it
 _WORD = 1 << 64
 _COUNTER = 1 << 256
 _ROWS_AT_ONCE = 8  # so that the many passes over a row find it in the processor's cache
@@ -74,6 +77,17 @@ def gumbel_rows(draws: Sequence[Draw], n: int, device: torch.device | str) -> Te
 def gumbel_at(draws: Sequence[Draw], rows: Tensor, lanes: Tensor) -> Tensor:
     """The entries [rows[i], lanes[i]] of `gumbel_rows`, float32, without making the others."""
     return gumbel_of_bits(bits_at(draws, rows, lanes))
+
+
+def uniform_rows(draws: Sequence[Draw], n: int, device: torch.device | str) -> Tensor:
+    """Uniform numbers in (0, 1), [rows, n] float64: entry j of row i belongs to draws[i] moved on by j positions.
+
+    They are the odd multiples of 2^-53, made of the upper 52 bits of word 0 of block 0: never 0, never 1, all exact.
+    """
+    fields = _fields(draws, device).unsqueeze(-1).repeat(1, 1, n)
+    fields[_POSITION] += torch.arange(n, device=device)
+    word = philox(torch.zeros_like(fields[0]), fields)[0]
+    return (((word >> 12) & _FRACTION) * 2 + 1).double().mul_(2.0**-53)
 
 
 def gumbel_of_bits(bits: Tensor) -> Tensor:

@@ -31,6 +31,10 @@ class ModelRunner:
     def vocab_size(self) -> int:
         return self.adapter.vocab_size
 
+    @property
+    def block_size(self) -> int:
+        return self.cache.block_size
+
     def forward(
         self,
         inputs: Sequence[SeqInput],

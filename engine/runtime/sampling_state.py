@@ -50,11 +50,14 @@ class SamplingState:
         parts = (self.allowed, self.bias, self._bans, self.counts)
         return bool(self._min_bans) or any(part is not None for part in parts)
 
-    def ahead(self, tokens: Sequence[int]) -> list[SamplingState]:
-        """The states before each of `tokens` and after the last, this very one first: what draws see if all stand."""
+    def ahead(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> list[SamplingState]:
+        """This very state, then that after each of `tokens`: what draws see if the token and all before it stand.
+
+        With `parents` the tokens are a tree: token i follows tokens[parents[i]], an earlier one, or -1: this state.
+        """
         states = [self]
-        for token in tokens:
-            states.append(states[-1]._copy())
+        for index, token in enumerate(tokens):
+            states.append(states[index if parents is None else parents[index] + 1]._copy())
             states[-1].push(token)
         return states
 

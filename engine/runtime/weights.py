@@ -132,6 +132,13 @@ def pack_linears(model: torch.nn.Module) -> int:
     return packed
 
 
+def weight_bytes(module: torch.nn.Module) -> int:
+    """What a module's weights take, packed ones as packed; shared ones count once."""
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*module.parameters(), *module.buffers())}
+    packed = sum(part.packed_bytes for part in module.modules() if isinstance(part, PackedLinear))
+    return sum(held.values()) + packed
+
+
 def release_pages(module: torch.nn.Module) -> None:
     """Let the kernel drop the pages of weights that are no longer read: half of the peak memory of a start.
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from engine.config import EngineConfig
 from engine.errors import DeviceOutOfMemory
-from engine.runtime.assembly import build_pipeline, measure_step_costs
-from engine.runtime.device_memory import size_pool
+from engine.models.draft_host import LoadedDraft
+from engine.protocols import PricedPipeline
+from engine.runtime.assembly import build_drafter, build_pipeline
+from engine.runtime.costs import Costs, measure_costs
+from engine.runtime.device_memory import memory_of, size_pool
 from engine.runtime.devices import device_failure, prepare_torch
+from engine.runtime.drafts import bind_draft, load_draft
 from engine.runtime.kv_cache import block_bytes
 from engine.runtime.loading import OnPhase, load_checked, phase
 from engine.types import Capacity, StepOutput, StepPlan
@@ -38,25 +43,31 @@ class LocalWorker:
         loaded = load_checked(config.model, folder, on_phase)
         loaded.attention.check_block_size(config.kv.block_size)
         self._device = loaded.placement.device
+        draft = load_draft(config.model.draft, loaded, folder, on_phase)
         with phase("KV pool", on_phase) as note:
             size = block_bytes(loaded.shapes, config.kv.block_size, loaded.placement.dtype)
-            blocks, max_len, step = size_pool(
-                config, loaded, size, (config.model.draft.max_draft or 8) if config.model.draft else 0
-            )
+            blocks, max_len, step = size_pool(config, loaded, size, _lookahead(config, draft), draft)
             runner = loaded.runner(blocks, config.kv.block_size)
             note += [f"{blocks} blocks of {config.kv.block_size} tokens, {blocks * size / 2**20:.0f} MiB", step]
+            follower = None if draft is None else bind_draft(draft, config, blocks)
+            if follower is not None:
+                runner.follow(follower)
+            self.memory = memory_of(loaded, draft, config, blocks)
+            note += [f"{self.memory.draft_pool / 2**20:.0f} MiB for the draft"] if draft is not None else []
         if max_len < loaded.context_length:
             declared = loaded.context_length
             logger.warning("context cut from %d to %d tokens: that is what the KV pool holds", declared, max_len)
-        self._pipeline = build_pipeline(config.model, runner)
-        costs: tuple[tuple[int, float], ...] = ()
-        if self._pipeline.traits.drafts:
-            with phase("step costs", on_phase) as note:
-                costs = measure_step_costs(runner, config.kv.block_size, blocks)
-                note.append(", ".join(f"{tokens}: {seconds * 1e3:.0f} ms" for tokens, seconds in costs))
+        drafter = build_drafter(config.model, follower)
+        self._pipeline = build_pipeline(config.model, runner, follower, drafter)
         traits = self._pipeline.traits
+        costs = Costs()
+        if drafter is not None and config.model.draft is not None and config.model.draft.adaptive:
+            with phase("step costs", on_phase) as note:
+                costs = measure_costs(config, runner, None if follower is None else drafter, blocks, traits.max_draft)
+                cast(PricedPipeline, self._pipeline).set_costs(costs.steps, costs.drafts, costs.trees)
+                note.append(str(costs))
         self._capacity = Capacity(
-            blocks, config.kv.block_size, max_len, runner.vocab_size, traits, costs, loaded.numerics
+            blocks, config.kv.block_size, max_len, runner.vocab_size, traits, costs.steps, loaded.numerics, costs.drafts
         )
 
     def capacity(self) -> Capacity:
@@ -79,3 +90,11 @@ class LocalWorker:
 
     def close(self) -> None:
         """Nothing to release: tensors go with the process."""
+
+
+def _lookahead(config: EngineConfig, draft: LoadedDraft | None) -> int:
+    """Positions past the last committed token that a step may score."""
+    if config.model.draft is None:
+        return 0
+    most = config.model.draft.max_draft or (8 if draft is None else draft.most)
+    return max(most, config.model.draft.tree)

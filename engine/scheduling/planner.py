@@ -51,7 +51,7 @@ class Planner:
         """What each running sequence would like of this step; those that have to wait are left out."""
         todos = [(seq, todo) for seq in self._roster.running if (todo := backlog(seq, self._traits)) is not None]
         fed = min(self._total, sum(todo for _, todo in todos))
-        grants = self.drafting.grants((seq for seq, _ in todos), fed)
+        grants = self.drafting.grants(todos, fed)
         return [(seq, Want(todo, grant)) for (seq, todo), grant in zip(todos, grants, strict=True)]
 
     def _plan_running(self, ready: list[tuple[Sequence, Want]], budget: StepBudget, items: list[ScheduledSeq]) -> bool:
@@ -97,7 +97,7 @@ class Planner:
             return None
         found = self._kv.match(seq)
         start = len(found) * self._kv.block_size
-        lookahead = self.drafting.bound(seq)
+        lookahead = self.drafting.first(seq)
         share = budget.offer(seq, start, Want(seq.num_tokens - start, lookahead))
         if share is None:
             return None

@@ -100,6 +100,7 @@ class Scheduler:
     def update(self, output: StepOutput) -> tuple[SeqUpdate, ...]:
         """Take in what the oldest step in flight did. Raises IntegrityError for any other step."""
         items = self._take_step(output.step)
+        self._planner.drafting.settle(items, output)
         results = {result.request_id: result for result in output.results}
         news = self._roster.take_news()
         for item in items:
@@ -192,6 +193,7 @@ class Scheduler:
             seq.preemptions,
             result.drafted,
             result.accepted,
+            result.leaf,
         )
 
     def _fail(self, seq: Sequence, error: str) -> SeqUpdate:

@@ -13,14 +13,16 @@ from engine.protocols import DraftProposal, TargetRows, Verdict
 
 
 class StrictVerifier:
-    """See `protocols.Verifier`. Chains only."""
+    """See `protocols.Verifier`."""
 
     lossless = True
     needs_laws = False
-    trees = False
+    trees = True
 
     def verify(self, proposal: DraftProposal, target: TargetRows) -> Verdict:
         tokens, draws = proposal.tokens, target.draws
+        if proposal.parents is not None:
+            return _walk(tokens, proposal.parents, draws)
         width = tokens.shape[1]
         # The padding of both sides is -1: it must not count as agreement.
         agrees = (tokens == draws[:, :width]) & (tokens >= 0)
@@ -28,3 +30,23 @@ class StrictVerifier:
         steps = torch.arange(width, device=tokens.device).expand_as(tokens)
         path = torch.where(steps < accepted.unsqueeze(1), steps, -1)
         return Verdict(accepted, path, draws.gather(1, accepted.unsqueeze(1)).squeeze(1))
+
+
+def _walk(tokens: torch.Tensor, parents: torch.Tensor, draws: torch.Tensor) -> Verdict:
+    """From the root, down to the child that the target drew, as long as there is one; siblings differ.
+
+    `tokens` and `parents` [n, k] as in `DraftProposal`, `draws` [n, k + 1].
+    """
+    width = tokens.shape[1]
+    # Do a node and its nearest 2^t ancestors stand? Once t is large enough: the whole path. Column 0 is the root.
+    above = torch.cat((torch.zeros_like(parents[:, :1]), parents + 1), dim=1)
+    stands = torch.ones_like(above, dtype=torch.bool)
+    stands[:, 1:] = (tokens == draws.gather(1, above[:, 1:])) & (tokens >= 0)
+    for _ in range(width.bit_length()):
+        stands &= stands.gather(1, above)
+        above = above.gather(1, above)
+    stands = stands[:, 1:]
+    nodes = torch.arange(width, device=tokens.device).expand_as(tokens)
+    path = nodes.masked_fill(~stands, width).sort(1).values  # parents come before children
+    row = (nodes + 1).masked_fill(~stands, 0).amax(1, keepdim=True)
+    return Verdict(stands.sum(1), path.masked_fill(path == width, -1), draws.gather(1, row).squeeze(1))

@@ -9,6 +9,7 @@ from pathlib import Path
 from engine.config import DraftConfig, EngineConfig, KVConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from engine.core import EngineCore
 from engine.protocols import StepHandle, Worker
+from engine.runtime.costs import Costs
 from engine.runtime.worker import LocalWorker
 from engine.types import (
     Capacity,
@@ -21,18 +22,23 @@ from engine.types import (
     TokenLogprob,
 )
 
+FREE = Costs()
 GAP = 1e-4  # logits closer than this may swap places under another order of summation
 
 
 @dataclass(frozen=True, slots=True)
 class TestedWorker:
-    """The same worker with fewer blocks, so that one loaded model serves every rung; and with drafts free of cost."""
+    """The same worker with fewer blocks, so that one loaded model serves every rung; and with costs as they are told.
+
+    What is drafted must not hang on the clock: without a word, drafts are free.
+    """
 
     worker: Worker
     num_blocks: int | None
+    costs: Costs
 
     def capacity(self) -> Capacity:
-        capacity = replace(self.worker.capacity(), step_costs=())  # what is drafted must not hang on the clock
+        capacity = replace(self.worker.capacity(), step_costs=self.costs.steps, draft_costs=self.costs.drafts)
         return capacity if self.num_blocks is None else replace(capacity, num_blocks=self.num_blocks)
 
     def submit(self, plan: StepPlan) -> StepHandle:
@@ -62,6 +68,7 @@ def load_worker(
     threads: int | None = None,
     draft: DraftConfig | None = None,
     device: str = "cpu",
+    adaptive: bool = False,
     **options: str,
 ) -> LocalWorker:
     """A worker over a checkpoint folder. Tiny models want one thread: waking a second costs more than it does.
@@ -69,6 +76,7 @@ def load_worker(
     `options` are further keys of `models`, such as dtype and attention.
     """
     pipeline = "autoregressive" if draft is None else "speculative"
+    draft = None if draft is None else replace(draft, adaptive=adaptive)  # what is verified must not hang on the clock
     model = ModelConfig(str(folder), quant=quant, pipeline=pipeline, draft=draft, device=device, **options)  # type: ignore[arg-type]
     parallel = ParallelConfig(threads=threads)
     config = EngineConfig(model=model, kv=KVConfig(memory=memory), parallel=parallel)
@@ -87,10 +95,11 @@ class Ladder:
         seqs: int = 64,
         lag: int = 0,
         prefix_cache: bool = True,
+        costs: Costs = FREE,
     ) -> None:
         scheduler = SchedulerConfig(max_num_seqs=seqs, max_batched_tokens=chunk, lag=lag)
         config = EngineConfig(scheduler=scheduler, kv=KVConfig(prefix_cache=prefix_cache))
-        self._worker = TestedWorker(worker, num_blocks)
+        self._worker = TestedWorker(worker, num_blocks, costs)
         self.core = EngineCore(self._worker, config, hash_seed=b"the same ladder.")
         self.stats = EngineStats()
 

@@ -28,7 +28,11 @@ def workers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = save_tiny(request.param, tmp_path_factory.mktemp(request.param))
     DRAFTERS["oracle"] = "tests.contract.oracle:OracleDrafter"
     try:
-        drafts = {"": None, "ngram": DraftConfig("ngram", MAX_DRAFT), "oracle": DraftConfig("oracle", MAX_DRAFT)}
+        drafts = {
+            "": None,
+            "ngram": DraftConfig("ngram", max_draft=MAX_DRAFT),
+            "oracle": DraftConfig("oracle", max_draft=MAX_DRAFT),
+        }
         return {name: load_worker(folder, memory="8MiB", threads=1, draft=draft) for name, draft in drafts.items()}
     finally:
         del DRAFTERS["oracle"]
@@ -168,7 +172,7 @@ def test_demo_model_climbs_the_ladder_with_ngram(demo_folder: Path) -> None:
     requests += [request(f"s{i}", prompt, 24, temperature=0.3, seed=i) for i, prompt in enumerate(prompts)]
     expected = alone(plain, requests)
     del plain
-    worker = load_worker(demo_folder, "none", draft=DraftConfig("ngram", 8))
+    worker = load_worker(demo_folder, "none", draft=DraftConfig("ngram", max_draft=8))
     ties, accepted = {}, 0
     for name in ("batched", "lag 1, chunked", "preempted"):
         options = {**RUNGS[name], "num_blocks": 15} if name == "preempted" else RUNGS[name]

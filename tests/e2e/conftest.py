@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.e2e.process import ServerProcess
 from tests.e2e.wire import assert_idle, complete
-from tests.tiny import save_tiny
+from tests.tiny import byte_tokenizer, save_tiny, tiny_model
+from tests.tiny_drafts import tiny_spec, tiny_tensors
+from training.checkpoint import save_zlab
 
 # Chunks and a pool that are small against the load of some tests: they go through chunked prefill and preemption.
 TINY_SETTINGS = ("kv.memory=6MiB", "scheduler.max_batched_tokens=128", "scheduler.max_queued_requests=300")
 # For slow clients that the tests play; long enough for honest ones on a busy machine.
 SHORT_TIMES = ("server.header_timeout=4", "server.body_timeout=2")
+
+LIKED = "x" * 20  # a prompt whose greedy answer has one token many times
 
 
 def setting_arguments(*settings: str) -> list[str]:
@@ -25,6 +31,27 @@ def setting_arguments(*settings: str) -> list[str]:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random llama with one token per byte and a context of 512."""
     return save_tiny("llama", tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def draft_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A block-diffusion draft for that llama, in its authors' form, that drafts one token over and over.
+
+    What its layers add is nothing, so it says its own mask; and that is the token which the llama likes best.
+    """
+    folder, model = tmp_path_factory.mktemp("drafts") / "Tiny-DFlash-b6", tiny_model("llama")
+    ids = byte_tokenizer().encode(LIKED).ids
+    with torch.inference_mode():
+        for _ in range(40):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    favourite = Counter(ids[-40:]).most_common(1)[0][0]
+    spec = tiny_spec(model.config, max_position_embeddings=512, mask_token_id=favourite)
+    tensors = tiny_tensors(spec)
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor.zero_()
+    save_zlab(folder, spec, tensors, {"num_target_layers": model.config.num_hidden_layers})
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ round a step of one token and a step of nine differently.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -69,6 +70,21 @@ def test_the_report_and_the_counters_agree(drafting: ServerProcess) -> None:
         assert after[series] - before[series] == report[name], name
     series = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
     assert after[series] - before[series] == report["accepted"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_choice_tells_where_its_tokens_came_from(drafting: ServerProcess, stream: bool) -> None:
+    fields = {"prompt": PROMPTS[1], "max_tokens": 50, "temperature": 0.2, "seed": 2, "n": 2, "ignore_eos": True}
+    wish = {"report": True, "trace": True}
+    response = post(drafting.url, "/v1/completions", {**fields, "stream": stream, "speculation": wish})
+    lines = [line[6:] for line in response.text.splitlines() if line.startswith("data: {")]
+    answers = [json.loads(line) for line in lines] if stream else [response.json()]
+    choices = [choice for answer in answers for choice in answer["choices"]]
+    told = [choice["speculation"] for choice in choices if choice.get("speculation")]
+    origins, report = "".join(trace["origins"] for trace in told), answers[-1]["speculation"]
+    assert len(origins) == sum(len(trace["offsets"]) for trace in told) == 2 * 50
+    assert origins.count("d") == report["accepted"] and set(origins) <= set("dcbp")
+    assert report["accepted"] > 0 and origins.count("c") + origins.count("b") <= report["rounds"]
 
 
 def test_a_stop_string_inside_a_round_cuts_there(drafting: ServerProcess) -> None:

@@ -1,4 +1,4 @@
-"""DFlash written down a second time, in loops: one sequence, no cache, float64. Nothing of the engine's network is used.
+"""DFlash written down again, in loops: one sequence, no cache, float64. Nothing of the engine's network is used.
 
 Every round runs the target over all tokens so far, makes the context anew from its hidden states, and attends slot by
 slot and head by head over the keys that a slot may see.
@@ -41,6 +41,8 @@ class Reference:
 
     def __post_init__(self) -> None:
         self.weights = {name: w.double() if w.is_floating_point() else w for name, w in self.weights.items()}
+        ends = {"table": self.target.get_input_embeddings(), "head": self.target.get_output_embeddings()}
+        self.weights |= {name: end.get_parameter("weight") for name, end in ends.items()}
         assert self.target.dtype is torch.float64
 
     @torch.no_grad()
@@ -69,7 +71,7 @@ class Reference:
         hidden = self._block(tokens)
         hidden = hidden if spec.anchor_predicts else hidden[1:]
         ids = weights.get("d2t", torch.arange(spec.vocab_size))
-        head = weights["lm_head.weight"] if spec.own_head else self.target.get_output_embeddings().weight[ids]
+        head = weights["lm_head.weight"] if spec.own_head else weights["head"][ids]
         logits = hidden @ head.T * spec.logit_scale
         if spec.logit_softcap:
             logits = torch.tanh(logits / spec.logit_softcap) * spec.logit_softcap
@@ -116,7 +118,7 @@ class Reference:
         """Last hidden states [block_size, D] of the block."""
         spec, start = self.spec, len(tokens) - 1
         context = self._context(tokens)
-        table = self.weights["embed_tokens.weight"] if spec.own_embedding else self.target.get_input_embeddings().weight
+        table = self.weights["embed_tokens.weight" if spec.own_embedding else "table"]
         ids = [tokens[-1]] + [spec.mask_token_id] * (spec.block_size - 1)
         stream = [table[token] * spec.embedding_scale for token in ids]
         for index in range(len(spec.layers)):

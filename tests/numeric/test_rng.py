@@ -11,7 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.runtime import rng
-from engine.runtime.rng import Draw, Purpose, bits_at, bits_numpy, bits_torch, gumbel, gumbel_at, gumbel_rows
+from engine.runtime.rng import (
+    Draw,
+    Purpose,
+    bits_at,
+    bits_numpy,
+    bits_torch,
+    gumbel,
+    gumbel_at,
+    gumbel_rows,
+    uniform_rows,
+)
 from tests.numeric.sampler_reference import chi_square, chi_square_limit
 
 # Random123's kat_vectors, "philox4x64 10": counter words, key words, output words.
@@ -69,6 +79,25 @@ def test_seeds_are_taken_modulo_two_to_the_64() -> None:
     for seed, same in ((-1, 2**64 - 1), (-(2**63), 2**63), (5, 2**64 + 5), (5, 2**90 + 5)):
         assert np.array_equal(bits_numpy([Draw(seed, 0, 3)], 16), bits_numpy([Draw(same, 0, 3)], 16))
         assert torch.equal(bits_torch([Draw(seed, 0, 3)], 16, "cpu"), bits_torch([Draw(same, 0, 3)], 16, "cpu"))
+
+
+@given(st.lists(DRAWS, min_size=1, max_size=4), st.integers(1, 9))
+def test_uniforms_are_made_of_the_first_word_of_their_position(draws: list[Draw], n: int) -> None:
+    got = uniform_rows(draws, n, "cpu")
+    assert got.dtype == torch.float64
+    for row, draw in enumerate(draws):
+        for step in range(n):
+            low, high = bits_numpy([draw._replace(position=draw.position + step)], 2)[0].tolist()
+            assert got[row, step].item() == (2 * ((low | high << 32) >> 12) + 1) / 2**53
+
+
+def test_uniforms_are_uniform_and_never_0_or_1() -> None:
+    found = uniform_rows([Draw(seed, 0, 3, Purpose.ACCEPT) for seed in range(500)], 100, "cpu").flatten()
+    assert ((found > 0) & (found < 1)).all() and len(found.unique()) == len(found)
+    statistic, degrees = chi_square((found * 50).long().bincount(minlength=50).tolist(), [0.02] * 50)
+    assert statistic < chi_square_limit(degrees)
+    ends = torch.tensor([0, rng._FRACTION])  # of the 52 bits
+    assert ((ends * 2 + 1).double() * 2.0**-53).tolist() == [2.0**-53, 1 - 2.0**-53]
 
 
 def test_noise_follows_its_formula_and_is_finite_at_the_ends() -> None:

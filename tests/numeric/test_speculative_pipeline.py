@@ -36,10 +36,12 @@ class ScriptedRunner:
 
     broken: frozenset[tuple[int, int]] = frozenset()  # (position, token)
     vocab_size: int = VOCAB
+    block_size: int = 4
     fed: int = 0
+    modes: set[AttentionMode] = field(default_factory=set)
 
     def compact(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        raise AssertionError("chains need no compaction")
+        assert AttentionMode.TREE in self.modes, "chains need no compaction"
 
     def forward(
         self,
@@ -48,7 +50,11 @@ class ScriptedRunner:
         mode: AttentionMode = AttentionMode.CAUSAL,
         block_length: int = 1,
     ) -> torch.Tensor:
-        cells = [(item.start + i, token) for item in inputs for i, token in enumerate(item.ids)]
+        self.modes.add(mode)
+        cells: list[tuple[int, int]] = []
+        for item in inputs:
+            positions = range(item.start, item.kv_len) if item.tree is None else item.tree.positions
+            cells += zip(positions, item.ids, strict=True)
         self.fed += len(cells)
         return torch.stack([self._row(*cells[row]) for row in rows]) if len(rows) else torch.empty(0, VOCAB)
 
@@ -187,6 +193,7 @@ class LawReader:
 
     lossless = True
     needs_laws = True
+    trees = False
 
     def __init__(self) -> None:
         self.rows = 0

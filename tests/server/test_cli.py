@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 
-from engine.config import load
+from engine.config import DraftConfig, load
 from engine.errors import SlipstreamError
 from engine.types import Phase
 from server import cli, launch
@@ -122,6 +124,43 @@ def test_set_wins_over_model_and_environment_over_file(
     assert (shown["models"][0]["id"], shown["server"]["port"]) == ("mine", 9001)
 
 
+def drafts_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    """What of the first model is about drafts."""
+    assert cli.main(["print-config", *arguments]) == 0
+    model = yaml.safe_load(capsys.readouterr().out)["models"][0]
+    return {name: model[name] for name in ("path", "pipeline", "draft", "verifier")}
+
+
+ON_NGRAM = ["--config", "configs/ngram.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "draft", "verifier"),
+    [
+        (["--draft", "ngram"], {}, "strict"),
+        (["--draft", "ngram", "--max-draft", "3", "--verifier", "rejection"], {"max_draft": 3}, "rejection"),
+        (["--draft", "./ngram"], {"drafter": "auto", "path": "./ngram"}, "strict"),
+        (["--draft", "it's: a", "--draft-tree", "9"], {"drafter": "auto", "path": "it's: a", "tree": 9}, "strict"),
+        (["--draft", "null"], {"drafter": "auto", "path": "null"}, "strict"),
+        (["--draft", "d", "--set", "models.0.draft.drafter=eagle3", "--set", "models.0.draft.sample=true"],
+         {"drafter": "eagle3", "path": "d", "sample": True}, "strict"),
+        (ON_NGRAM, {"max_draft": 8}, "strict"),
+        ([*ON_NGRAM, "--max-draft", "2"], {"max_draft": 2}, "strict"),
+        ([*ON_NGRAM, "--draft", "a/b"], {"drafter": "auto", "path": "a/b", "max_draft": 8}, "strict"),
+        (["--config", "configs/demo.yaml", "--draft", "a/b"], {"drafter": "auto", "path": "a/b"}, "strict"),
+    ],
+)  # fmt: skip
+def test_what_drafts(
+    arguments: list[str], draft: dict[str, object], verifier: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert drafts_of(arguments, capsys) == {
+        "path": "demo",
+        "pipeline": "speculative",
+        "draft": {**asdict(DraftConfig()), **draft},
+        "verifier": {"name": verifier},
+    }
+
+
 @pytest.mark.parametrize("command", ["serve", "print-config"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -131,6 +170,11 @@ def test_set_wins_over_model_and_environment_over_file(
         (["--set", "server.prot=1"], "server.prot: unknown key"),
         (["--port", "70000"], "server.port: "),
         (["--set", "models.0.quant=int1"], "models.quant: 'int1'"),
+        (["--draft", ""], "--draft: expected `ngram`, or the folder or hub id"),
+        (["--max-draft", "3"], "models.draft: the pipeline 'autoregressive' does not draft; say"),
+        (["--verifier", "rejection"], "models.verifier: the pipeline 'autoregressive' verifies nothing; say"),
+        (["--draft", "x", "--max-draft", "0"], "models.draft.max_draft: 0 is not in 1 to 64"),
+        (["--draft", "ngram", "--draft-tree", "8"], "models.draft.tree: the drafter 'ngram' drafts no trees"),
     ],
 )
 def test_a_wrong_configuration_is_one_line_and_exit_code_2(
@@ -176,6 +220,18 @@ def test_serve_says_in_one_line_why_a_model_cannot_be_served(tmp_path: Path) -> 
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("slipstream: ") and "Traceback" not in done.stderr
     assert "curl" not in done.stdout
+
+
+@pytest.mark.parametrize("draft", ["no/draft", "tests/server"])
+def test_serve_says_in_one_line_why_a_draft_cannot_be_used(draft: str) -> None:
+    command = [sys.executable, "-m", "server", "serve", "--draft", draft, "--port", "0"]
+    environment = {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("slipstream: models.draft.path: ") and draft in last and "Traceback" not in done.stderr
 
 
 # ---- what the user sees ----------------------------------------------------------------------------------

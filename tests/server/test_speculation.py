@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,7 +39,8 @@ def text_of(choice: Json) -> str:
     [
         (None, SpeculationParams()),
         ({}, SpeculationParams()),
-        ({"enabled": None, "max_draft": None, "report": None, "unknown": None}, SpeculationParams()),
+        ({"enabled": None, "max_draft": None, "report": None, "trace": None, "unknown": None}, SpeculationParams()),
+        ({"trace": True}, SpeculationParams(trace=True)),
         ({"enabled": True}, SpeculationParams()),
         ({"enabled": False}, SpeculationParams(enabled=False)),
         ({"max_draft": 0}, SpeculationParams(max_draft=0)),
@@ -68,6 +70,8 @@ async def test_what_is_asked_reaches_every_choice(
         ({"enabled": 1}, ".enabled", "invalid_type"),
         ({"enabled": "true"}, ".enabled", "invalid_type"),
         ({"report": 0}, ".report", "invalid_type"),
+        ({"trace": 1}, ".trace", "invalid_type"),
+        ({"trace": "all"}, ".trace", "invalid_type"),
         ({"max_draft": "3"}, ".max_draft", "invalid_type"),
         ({"max_draft": 3.0}, ".max_draft", "invalid_type"),
         ({"max_draft": True}, ".max_draft", "invalid_type"),
@@ -192,6 +196,15 @@ async def test_nothing_is_told_unasked(url: str, base: Json) -> None:
 
 
 @ENDPOINTS
+async def test_a_lossy_answer_keeps_its_trace(url: str, base: Json) -> None:
+    engine = FakeEngine(stands=STANDS, lossless=False)
+    async with serving(engine) as client:
+        body = {**base, "speculation": {"max_draft": 2, "trace": True}}
+        assert (await client.post(url, json=body)).json()["choices"][0]["speculation"]["origins"]
+    assert engine.submitted[0].speculation == SpeculationParams(max_draft=2, report=True, trace=True)
+
+
+@ENDPOINTS
 async def test_a_lossy_answer_always_says_so(url: str, base: Json) -> None:
     async with serving(FakeEngine(stands=STANDS, lossless=False)) as client:
         for asked in (None, {}, {"report": False}):
@@ -204,12 +217,16 @@ async def test_a_lossy_answer_always_says_so(url: str, base: Json) -> None:
             assert told["speculation"] == {**NOTHING, "verifier": "strict"}
 
 
-async def test_a_fingerprint_tells_lossy_drafting_from_plain_decoding() -> None:
+async def test_a_fingerprint_tells_apart_what_may_answer_otherwise() -> None:
+    """Under `strict` the tokens are those of plain decoding; under `rejection` only their law is."""
     prints = []
-    for engine in (FakeEngine(), FakeEngine(stands=STANDS), FakeEngine(stands=STANDS, lossless=False)):
+    engines = [FakeEngine(), *(FakeEngine(stands=STANDS) for _ in range(3)), FakeEngine(stands=STANDS, lossless=False)]
+    engines[2].info = replace(engines[2].info, verifier="rejection", draft="one")
+    engines[3].info = replace(engines[3].info, verifier="rejection", draft="two")
+    for engine in engines:
         async with serving(engine) as client:
             prints.append((await client.post(CHAT_URL, json=CHAT)).json()["system_fingerprint"])
-    assert prints[0] == prints[1] != prints[2]
+    assert prints[0] == prints[1] and len(set(prints)) == 4
 
 
 async def test_scoring_a_prompt_drafts_nothing() -> None:
@@ -228,10 +245,15 @@ async def test_logprobs_and_ids_are_those_of_the_kept_tokens() -> None:
 
 async def test_models_tell_who_drafts() -> None:
     lossy = FakeEngine("lossy", stands=STANDS, lossless=False)
+    lossy.info = replace(lossy.info, drafter="dflash", draft="Some-Draft-b16")
     async with serving(FakeEngine("plain"), FakeEngine("drafted", stands=STANDS), lossy) as client:
         cards = (await client.get("/v1/models")).json()["data"]
-    card = {"drafter": "ngram", "max_draft": 4, "verifier": "strict", "lossy": False}
-    assert [entry["speculation"] for entry in cards] == [None, card, {**card, "lossy": True}]
+    card = {"drafter": "ngram", "draft": None, "max_draft": 4, "verifier": "strict", "lossy": False}
+    assert [entry["speculation"] for entry in cards] == [
+        None,
+        card,
+        {**card, "drafter": "dflash", "draft": "Some-Draft-b16", "lossy": True},
+    ]
 
 
 async def test_metrics_of_models_with_and_without_a_drafter() -> None:

@@ -47,9 +47,10 @@ def make_scheduler(
     seqs: int = 8,
     budget: int = 64,
     costs: tuple[tuple[int, float], ...] = (),
+    draft_costs: tuple[tuple[int, float], ...] = (),
 ) -> Scheduler:
     """A scheduler over blocks of four tokens, with a clock that stands at 5 s."""
-    capacity = Capacity(blocks, 4, model_len or blocks * 4, VOCAB, traits or DecodeTraits(), costs)
+    capacity = Capacity(blocks, 4, model_len or blocks * 4, VOCAB, traits or DecodeTraits(), costs, "", draft_costs)
     config = SchedulerConfig(max_num_seqs=seqs, max_batched_tokens=budget)
     return Scheduler(capacity, config, prefix_cache=prefix_cache, hash_seed=SEED, clock=lambda: 5.0)
 

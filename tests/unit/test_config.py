@@ -150,3 +150,73 @@ def test_sizes(text: str, size: int | None) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ConfigError, match="is not a size"):
         parse_size(text)
+
+
+# ---- drafts ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("draft", "drafter", "name"),
+    [
+        ("{}", "ngram", ""),
+        ("{drafter: auto}", "ngram", ""),
+        ("{path: org/Some-Draft}", "auto", "Some-Draft"),
+        ("{path: /drafts/one/, drafter: dflash, tree: 32, sample: true}", "dflash", "one"),
+    ],
+)
+def test_drafters(tmp_path: Path, draft: str, drafter: str, name: str) -> None:
+    model = load(written(tmp_path, f"models: [{{pipeline: speculative, draft: {draft}}}]")).models[0]
+    assert model.draft is not None and (model.draft.drafter, model.draft.name) == (drafter, name)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("{draft: {}}", "models.draft: the pipeline 'autoregressive' does not draft; say `pipeline: speculative`"),
+        ("{pipeline: speculative}", "models.draft: the speculative pipeline needs a drafter"),
+        ("{verifier: {name: rejection}}", "models.verifier: the pipeline 'autoregressive' verifies nothing"),
+        ("{pipeline: speculative, draft: {max_draft: 0}}", "models.draft.max_draft: 0 is not in 1 to 64"),
+        ("{pipeline: speculative, draft: {max_draft: 65}}", "models.draft.max_draft: 65 is not in 1 to 64"),
+        ("{pipeline: speculative, draft: {path: a, tree: 257}}", "models.draft.tree: 257 is not in 0 to 256"),
+        ("{pipeline: speculative, draft: {tree: 8}}", "models.draft.tree: the drafter 'ngram' drafts no trees"),
+        (
+            "{pipeline: speculative, draft: {drafter: ngram, path: a}}",
+            "models.draft.path: the drafter 'ngram' reads no checkpoint",
+        ),
+        ("{pipeline: speculative, draft: {drafters: a}}", "models.0.draft.drafters: unknown key"),
+    ],
+)
+def test_drafts_that_cannot_be(tmp_path: Path, model: str, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(written(tmp_path, f"models: [{model}]"))
+    assert message in str(raised.value)
+
+
+def test_paths_are_looked_for_beside_the_file_then_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a checkout, where configs/ and checkpoints/ are siblings; what is found nowhere is left as it is."""
+    configs, elsewhere = tmp_path / "configs", tmp_path / "elsewhere"
+    for folder in (configs / "near", configs / "both", tmp_path / "both", tmp_path / "checkpoints" / "d", elsewhere):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    text = "models: [{path: PATH, pipeline: speculative, draft: {path: DRAFT}}]"
+    for path, draft, expected in (
+        ("near", "checkpoints/d", (configs / "near", tmp_path / "checkpoints/d")),
+        ("both", "../checkpoints/d/", (configs / "both", tmp_path / "checkpoints/d")),
+        ("org/name", "~/x", ("org/name", "~/x")),
+        (tmp_path / "near", "./near", (tmp_path / "near", configs / "near")),
+    ):
+        file = configs / "a.yaml"
+        one = text.replace("PATH", str(path)).replace("DRAFT", draft)
+        file.write_text(one)
+        for where in (file, Path("../configs/a.yaml")):
+            model = load(where).models[0]
+            assert model.draft is not None and (model.path, model.draft.path) == tuple(map(str, expected))
+    # Overrides come from the command line, whose paths are those of the working directory.
+    model = load(file, ("models.0.path=near", "models.0.draft.path=both")).models[0]
+    assert model.draft is not None and (model.path, model.draft.path) == ("near", "both")
+
+
+@pytest.mark.parametrize("text", ["models: 3", "models: [3]", "models: [{path: 3}]", "models: [{draft: x}]"])
+def test_paths_of_a_wrong_file_are_no_worse_than_the_file(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        load(written(tmp_path, text))

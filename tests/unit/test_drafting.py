@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from engine.scheduling.drafting import PATIENCE, PROBE, DraftControl, StepCosts
-from engine.types import Capacity, DecodeTraits, ScheduledSeq, SeqResult, Sequence, SpeculationParams
+from engine.scheduling.drafting import PATIENCE, PROBE, DraftControl, survival_rate
+from engine.types import Capacity, CostTable, DecodeTraits, ScheduledSeq, SeqResult, Sequence, SpeculationParams
 from tests.unit.fakes import VOCAB, Driver, SpeculativeDevice, make_request, make_scheduler
 
 FLAT = ((1, 1.0), (64, 1.0))  # the width is free
@@ -22,15 +22,22 @@ def sequence(**wish: object) -> Sequence:
     return Sequence(make_request("a", speculation=SpeculationParams(**wish)))  # type: ignore[arg-type]
 
 
+def grants(drafting: DraftControl, *seqs: Sequence) -> list[int]:
+    """In a step that feeds one token of each."""
+    return drafting.grants([(seq, 1) for seq in seqs], len(seqs))
+
+
 def tell(drafting: DraftControl, seq: Sequence, drafted: int, accepted: int, lookahead: int = 5) -> None:
     item = ScheduledSeq("a", 0, (1,), lookahead, (0,))
     drafting.observe(seq, item, SeqResult("a", (1,), 1, drafted=drafted, accepted=accepted))
 
 
 def test_costs_lie_on_lines_through_the_measured_points() -> None:
-    costs = StepCosts(((1, 10.0), (4, 16.0), (8, 40.0)))
-    assert [costs.seconds(tokens) for tokens in (0, 1, 2, 4, 6, 8, 10)] == [8.0, 10.0, 12.0, 16.0, 28.0, 40.0, 52.0]
-    assert not StepCosts(()) and not StepCosts(((1, 1.0),))
+    costs = CostTable(((1, 10.0), (4, 16.0), (8, 40.0)))
+    expected = [8.0, 10.0, 12.0, 14.0, 16.0, 22.0, 28.0, 34.0, 40.0, 46.0, 52.0]
+    assert [costs.seconds(tokens) for tokens in range(11)] == costs.upto(10) == expected
+    assert costs.upto(3)[:4] == expected[:4] and costs.upto(12)[12] == 64.0
+    assert not CostTable(()) and not CostTable(((1, 1.0),))
 
 
 @pytest.mark.parametrize(
@@ -38,26 +45,26 @@ def test_costs_lie_on_lines_through_the_measured_points() -> None:
     [({}, 5), ({"max_draft": 3}, 3), ({"max_draft": 50}, 5), ({"max_draft": 0}, 0), ({"enabled": False}, 0)],
 )
 def test_a_request_sets_its_own_bound(wish: dict[str, object], most: int) -> None:
-    assert control().grants([sequence(**wish)], 1) == [most]
-    assert control(FLAT).grants([sequence(**wish)], 1) == [most]
+    assert grants(control(), sequence(**wish)) == [most]
+    assert grants(control(FLAT), sequence(**wish)) == [most]
 
 
 def test_lookahead_that_is_no_draft_is_nobodys_choice() -> None:
     drafting = control(STEEP, drafts=False)
-    assert drafting.grants([sequence(enabled=False)], 1) == [5]
+    assert grants(drafting, sequence(enabled=False)) == [5]
 
 
 def test_drafts_are_granted_while_they_pay() -> None:
-    assert control(FLAT).grants([sequence()], 1) == [5]
-    assert control(STEEP).grants([sequence()], 1) == [0]
+    assert grants(control(FLAT), sequence()) == [5]
+    assert grants(control(STEEP), sequence()) == [0]
     # A second token costs a fifth of the first: it must stand with a better chance than that.
     cheap = control(((1, 1.0), (2, 1.2), (64, 13.6)))
     good, bad = sequence(), sequence()
     for _ in range(20):
         tell(cheap, good, 5, 5)
         tell(cheap, bad, 5, 0)
-    assert cheap.grants([good], 1) == [5] and cheap.grants([bad], 1) == [0]
-    assert cheap.grants([bad, good], 2)[0] == 0
+    assert grants(cheap, good) == [5] and grants(cheap, bad) == [0]
+    assert grants(cheap, bad, good)[0] == 0
 
 
 def test_the_most_promising_come_first() -> None:
@@ -66,15 +73,15 @@ def test_the_most_promising_come_first() -> None:
     for _ in range(20):
         tell(drafting, good, 5, 5)
         tell(drafting, fair, 2, 1)
-    assert drafting.grants([fair, good], 2) == [0, 4], "four more are nearly free, and the best should have them"
+    assert grants(drafting, fair, good) == [0, 4], "four more are nearly free, and the best should have them"
 
 
 def test_an_offer_that_was_not_made_says_nothing() -> None:
     drafting = control(STEEP)
     seq = sequence()
-    before = seq.survival.rate
+    before = survival_rate(seq.survival)
     tell(drafting, seq, 0, 0)
-    assert seq.survival.rate == before and seq.survival.resting == 0 and drafting.rounds == 0
+    assert survival_rate(seq.survival) == before and seq.survival.resting == 0 and drafting.rounds == 0
 
 
 def test_a_resting_sequence_is_probed_now_and_then_and_less_often_when_probes_fail() -> None:
@@ -83,12 +90,12 @@ def test_a_resting_sequence_is_probed_now_and_then_and_less_often_when_probes_fa
     waits = []
     for accepted in (0, 0, 0, 0, 0, 0, PROBE):
         steps = 0
-        while drafting.grants([seq], 1) == [0]:
+        while grants(drafting, seq) == [0]:
             tell(drafting, seq, 0, 0, lookahead=0)
             steps += 1
-        assert drafting.grants([seq], 1) == [PROBE]
+        assert grants(drafting, seq) == [PROBE]
         tell(drafting, seq, 0, 0, lookahead=PROBE)  # nothing was found to draft: the probe stays due
-        assert drafting.grants([seq], 1) == [PROBE]
+        assert grants(drafting, seq) == [PROBE]
         tell(drafting, seq, PROBE, accepted, lookahead=PROBE)
         waits.append(steps)
     assert waits == [32, 64, 128, 256, 512, 512, 512]

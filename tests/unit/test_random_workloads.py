@@ -65,6 +65,7 @@ class Case:
             seqs=rng.choice((2, 6, 9)),
             budget=rng.choice((9, 30, 96)),
             costs=rng.choice(((), ((1, 1.0), (8, 1.4), (64, 5.0)))),
+            draft_costs=rng.choice(((), (), ((1, 0.1), (8, 0.4)))),
         )
         driver = Driver(scheduler, self.device(blocks, rng), self.lag)
         requests = _requests(rng)

@@ -28,15 +28,23 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def run(
-    tokenizer: Tokenizer, rounds: list[Round], *, stop: tuple[str, ...] = (), report: bool = True
+    tokenizer: Tokenizer,
+    rounds: list[Round],
+    *,
+    stop: tuple[str, ...] = (),
+    report: bool = True,
+    trace: bool = True,
+    leaf: bool = False,
 ) -> list[TokenEvent]:
     """The events of a request whose last round ends it; nothing is read behind a stop string."""
     sampling = SamplingParams(1000, stop=stop)
-    output = RequestOutput(Request("r", (1,), sampling, speculation=SpeculationParams(report=report)), tokenizer)
+    wish = SpeculationParams(report=report, trace=trace)
+    output = RequestOutput(Request("r", (1,), sampling, speculation=wish), tokenizer)
     events = []
     for i, (text, drafted, accepted) in enumerate(rounds):
         finish = FinishReason.LENGTH if i == len(rounds) - 1 else None
-        update = SeqUpdate("r", tuple(text.encode()), finish=finish, drafted=drafted, accepted=accepted)
+        tokens = tuple(text.encode())
+        update = SeqUpdate("r", tokens, finish=finish, drafted=drafted, accepted=accepted, leaf=leaf and drafted > 0)
         event = output.take(update, 0.0)
         if event is not None:
             events.append(event)
@@ -82,6 +90,32 @@ def test_merged_events_keep_the_report(tokenizer: Tokenizer) -> None:
     assert merge(events[:-1]).speculation is None
 
 
+@pytest.mark.parametrize(
+    ("stop", "origins"),
+    [
+        ((), "p" "ddc" "c" "ddddb" "p" "db"),
+        (("b",), "pd"),
+        (("c",), "pdd"),
+        (("d",), "pddc"),
+        (("def",), "pddccd"),  # the tokens of a stop string belong to the answer, their text does not
+    ],
+)  # fmt: skip
+def test_origins_follow_the_rounds(tokenizer: Tokenizer, stop: tuple[str, ...], origins: str) -> None:
+    events = run(tokenizer, ROUNDS, stop=stop)
+    assert "".join(event.origins or "" for event in events) == merge(events).origins == origins
+    assert all(len(event.origins or "") == len(event.token_ids) == len(event.offsets) for event in events)
+
+
+def test_a_token_behind_a_leaf_of_a_tree_is_a_bonus(tokenizer: Tokenizer) -> None:
+    (event,) = run(tokenizer, [("abc", 16, 2)], leaf=True)
+    assert event.origins == "ddb"
+
+
+def test_only_those_who_ask_get_origins(tokenizer: Tokenizer) -> None:
+    events = run(tokenizer, ROUNDS, trace=False)
+    assert {event.origins for event in events} == {merge(events).origins} == {None}
+
+
 @st.composite
 def some_rounds(draw: st.DrawFn) -> list[Round]:
     """Rounds as a scheduler sends them: at most the accepted drafts and one token more; the last may be cut short."""
@@ -96,8 +130,12 @@ def some_rounds(draw: st.DrawFn) -> list[Round]:
 
 @given(some_rounds(), st.lists(st.text("abc", min_size=1, max_size=4), max_size=2))
 def test_the_books_add_up(tokenizer: Tokenizer, rounds: list[Round], stops: list[str]) -> None:
-    last = run(tokenizer, rounds, stop=tuple(stops))[-1]
+    events = run(tokenizer, rounds, stop=tuple(stops))
+    last, origins = events[-1], merge(events).origins
     report = last.speculation
+    assert origins is not None and len(origins) == last.usage.completion_tokens
+    assert report is not None and origins.count("d") == report.accepted
+    assert origins.count("c") + origins.count("b") <= report.rounds
     assert report is not None
     assert report.rounds == sum(report.histogram)
     assert report.accepted == sum(stood * count for stood, count in enumerate(report.histogram))

@@ -109,6 +109,7 @@ def test_priority_must_fit_a_message(priority: int) -> None:
     [
         *(("enabled", value) for value in (1, "true", None)),
         *(("report", value) for value in (0, None)),
+        *(("trace", value) for value in (1, "yes")),
         *(("max_draft", value) for value in (-1, 1025, 2.0, "3", True)),
     ],
 )

@@ -17,8 +17,9 @@ class DraftLayer:
 class DFlashSpec:
     """A draft of the DFlash family (arXiv 2602.06036) and its successors.
 
-    `taps` are the target's layers whose outputs it reads, 0 being the first (HF `hidden_states[tap + 1]`), in the order
-    in which `fc` takes them. `rope` holds theta, scaling and the like as a `transformers` configuration has them.
+    `taps` are the target's layers whose outputs it reads, 0 being the first (HF `hidden_states[tap + 1]`) and -1 the
+    embedding's output, in the order in which `fc` takes them. `rope` holds theta, scaling and the like as a
+    `transformers` configuration has them.
     """
 
     hidden_size: int
@@ -31,7 +32,7 @@ class DFlashSpec:
     block_size: int  # input slots of one pass: the anchor and masks
     mask_token_id: int
     vocab_size: int  # of the target
-    draft_vocab_size: int  # of the head; smaller than vocab_size where there is a d2t map
+    draft_vocab_size: int  # of the head; smaller than vocab_size where, and only where, there is a d2t map
     rms_norm_eps: float = 1e-6
     hidden_act: str = "silu"
     rope: tuple[tuple[str, object], ...] = (("rope_type", "default"), ("rope_theta", 10000.0))
@@ -39,7 +40,7 @@ class DFlashSpec:
     attention_bias: bool = False
     anchor_predicts: bool = False  # DSpark: slot j predicts the token after it, so the anchor's slot drafts too
     own_embedding: bool = False  # the checkpoint brings its own embedding table
-    own_head: bool = False  # and its own head
+    own_head: bool = False  # and its own head; else the head is the target's, or its rows d2t
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float | None = None

@@ -1,0 +1,178 @@
+"""One checkpoint served in this process with one drafter, or with none, and requests run through it.
+
+Engines of several drafters stand side by side in one process and take turns: idle ones cost nothing, all use the same
+threads, and two figures of one round are seconds apart, which no two servers with processes of their own can offer.
+HTTP is left out for all alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+from benchmarks.drafts_figures import Round
+from benchmarks.stream import BenchmarkError
+from engine.config import DraftConfig, EngineConfig, KVConfig, ModelConfig, SchedulerConfig
+from engine.core import EngineCore
+from engine.errors import SlipstreamError
+from engine.protocols import StepHandle, Worker, WorkerFactory
+from engine.registry import WORKERS
+from engine.registry import resolve as look_up
+from engine.types import Capacity, EngineStats, FinishReason, Phase, Request, SeqUpdate, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A way of drafting and what it is called in tables; "none" drafts nothing."""
+
+    name: str
+    draft: DraftConfig | None
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """How requests meet the engine. `controlled`: drafts are only made, and verified, as far as they pay."""
+
+    num_blocks: int | None = None
+    chunk: int = 512
+    seqs: int = 64
+    lag: int = 0
+    prefix_cache: bool = False
+    controlled: bool = True
+
+
+@dataclass(slots=True)
+class Answer:
+    """What one request got. Times are of `time.perf_counter()`."""
+
+    request: Request
+    asked: float
+    tokens: list[int] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)  # decode steps: the step that ends the prompt is none
+    gaps: list[float] = field(default_factory=list)  # of the two best log-probabilities, where they were asked for
+    first: float = 0.0
+    last: float = 0.0
+    cached_tokens: int = 0
+    preemptions: int = 0
+
+    @property
+    def to_first(self) -> float:
+        """Seconds to the first token."""
+        return self.first - self.asked
+
+    def take(self, update: SeqUpdate, now: float) -> bool:
+        """Add the news of a step; True with the last one. Raises BenchmarkError where the request failed."""
+        if update.finish is FinishReason.ERROR:
+            raise BenchmarkError(f"{self.request.id} failed inside the engine: {update.error}")
+        self.cached_tokens, self.preemptions = update.cached_tokens, update.preemptions
+        if update.token_ids:
+            if self.tokens:
+                self.rounds.append(Round(update.drafted, update.accepted, len(update.token_ids)))
+            else:
+                self.first = now
+            self.last = now
+        self.tokens += update.token_ids
+        for entry in update.logprobs or ():
+            best, second = entry.top[:2]
+            self.gaps.append(best[1] - second[1])
+        return update.finish is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Some requests, answered: in their order, with the wall time of all together and the engine's counters."""
+
+    answers: tuple[Answer, ...]
+    seconds: float
+    stats: EngineStats
+
+    @property
+    def speed(self) -> float:
+        """Tokens of all answers per second, prompts included."""
+        return sum(len(answer.tokens) for answer in self.answers) / self.seconds
+
+    @property
+    def decode_speed(self) -> float:
+        """Tokens per second of one stream, from its first token to its last: the mean over all streams' time."""
+        seconds = sum(answer.last - answer.first for answer in self.answers)
+        return sum(len(answer.tokens) - 1 for answer in self.answers) / seconds if seconds else 0.0
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        return [answer.tokens for answer in self.answers]
+
+
+@dataclass(frozen=True, slots=True)
+class Restrained:
+    """A worker as `Conditions` want it: with fewer blocks, or with drafts that cost nothing and so are never cut."""
+
+    worker: Worker
+    conditions: Conditions
+
+    def capacity(self) -> Capacity:
+        capacity, wanted = self.worker.capacity(), self.conditions
+        if wanted.num_blocks is not None:
+            capacity = replace(capacity, num_blocks=wanted.num_blocks)
+        return capacity if wanted.controlled else replace(capacity, step_costs=())
+
+    def submit(self, plan: StepPlan) -> StepHandle:
+        return self.worker.submit(plan)
+
+    def num_states(self) -> int:
+        return self.worker.num_states()
+
+    def close(self) -> None:
+        self.worker.close()
+
+
+class Served:
+    """A loaded model with a drafter. `phases` tells what was loaded, and how large it is."""
+
+    def __init__(self, folder: Path, variant: Variant, quant: str, memory: str) -> None:
+        """Raises BenchmarkError where the model or its draft can't be loaded."""
+        self.variant = variant
+        self.phases: list[Phase] = []
+        pipeline = "autoregressive" if variant.draft is None else "speculative"
+        model = ModelConfig(path=str(folder), pipeline=pipeline, draft=variant.draft, quant=quant)
+        self._config = EngineConfig(model=model, kv=KVConfig(memory=memory))
+        factory = cast(WorkerFactory, look_up(WORKERS, "local", "worker"))
+        try:
+            self.worker = factory(self._config, folder, self.phases.append)
+        except SlipstreamError as error:
+            raise BenchmarkError(f"{variant.name}: {error}") from error
+
+    def core(self, conditions: Conditions) -> EngineCore:
+        """A new engine over the loaded model: nothing cached, nothing learned of any draft."""
+        scheduler = SchedulerConfig(
+            max_num_seqs=conditions.seqs, max_batched_tokens=conditions.chunk, lag=conditions.lag
+        )
+        cache = replace(self._config.kv, prefix_cache=conditions.prefix_cache)
+        config = replace(self._config, scheduler=scheduler, kv=cache)
+        return EngineCore(Restrained(self.worker, conditions), config)
+
+
+def run(core: EngineCore, requests: Sequence[Request], clients: int | None = None) -> Run:
+    """Answer requests as so many clients ask for them, each one after the other; None: all at once.
+
+    Raises BenchmarkError for one that fails, and IntegrityError where anything of them is left in the engine.
+    """
+    waiting, answers = deque(requests), {request.id: Answer(request, 0.0) for request in requests}
+    begin = time.perf_counter()
+
+    def ask(count: int) -> None:
+        for _ in range(min(count, len(waiting))):
+            request = waiting.popleft()
+            answers[request.id].asked = time.perf_counter()
+            core.add(request)
+
+    ask(clients or len(requests))
+    while core.has_work():
+        report, now = core.step(), time.perf_counter()
+        ask(sum(answers[update.request_id].take(update, now) for update in report.updates))
+    seconds = time.perf_counter() - begin
+    core.settle()
+    return Run(tuple(answers[request.id] for request in requests), seconds, core.stats())
