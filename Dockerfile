@@ -147,6 +147,7 @@ COPY --from=tools /usr/bin/tini-static /usr/local/bin/tini
 COPY --chmod=0755 deploy/container/entrypoint.sh /usr/local/bin/slipstream-entrypoint
 COPY --chmod=0644 deploy/container/healthcheck.py /usr/local/lib/slipstream-healthcheck.py
 COPY --chmod=0644 configs /etc/slipstream/configs
+COPY checkpoints /etc/slipstream/checkpoints
 COPY --chmod=0644 configs/demo.yaml /etc/slipstream/config.yaml
 # HOME and all caches are on the one volume: the rest of the file system may be read-only.
 ENV PATH=/opt/slipstream/bin:$PATH \
