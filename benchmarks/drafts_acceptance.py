@@ -41,13 +41,13 @@ def measure(folder: Path, options: Options) -> list[Accepted]:
 
 
 def _drafter(folder: Path, variant: Variant, texts: Mapping[str, Sequence[str]], options: Options) -> list[Accepted]:
-    served, tokenizer = Served(folder, variant, options.quant, options.memory), Tokenizer.load(folder)
+    served, tokenizer = Served(folder, variant.whole(), options.load), Tokenizer.load(folder)
     # A block more than is counted, so that no counted draft is cut at the end of its answer.
     spare = served.worker.capacity().traits.lookahead + 1
     found, everything = [], []
     for source, asked in texts.items():
         named = [(f"{source}-{i}", text) for i, text in enumerate(asked)]
-        core = served.core(Conditions(seqs=options.clients, controlled=False))
+        core = served.core(Conditions(seqs=options.clients))
         answered = run(core, greedy(tokenizer, named, options.tokens + spare))
         rounds = [kept for answer in answered.answers for kept in whole_rounds(answer.rounds, options.tokens)]
         everything += rounds

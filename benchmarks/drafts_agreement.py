@@ -33,7 +33,7 @@ def measure(folder: Path, options: Options) -> list[Rung]:
     """The reference once, then every drafter under every condition. Raises BenchmarkError."""
     tokenizer = Tokenizer.load(folder)
     named = mixed(options.sources, options.prompts)
-    plain = Served(folder, NONE, options.quant, options.memory)
+    plain = Served(folder, NONE, options.load)
     say(f"reference: {len(named)} answers without drafts, one after the other")
     reference = run(plain.core(Conditions()), greedy(tokenizer, named, options.tokens, logprobs=True), clients=1)
     plain.worker.close()
@@ -43,7 +43,7 @@ def measure(folder: Path, options: Options) -> list[Rung]:
     for variant in options.variants:
         if variant.draft is None:
             continue
-        served = Served(folder, variant, options.quant, options.memory)
+        served = Served(folder, variant.whole(), options.load)
         for condition in CONDITIONS:
             answered = _run(served, condition, requests, options.clients)
             rung = compare(variant.name, condition, reference, answered)
@@ -57,8 +57,8 @@ CONDITIONS = ("alone", "batched", "chunked", "one step late", "preempted", "pref
 
 
 def _run(served: Served, condition: str, requests: Sequence[Request], clients: int) -> Run:
-    """All requests under one condition; drafts are never cut, so that as much as possible is drafted."""
-    base = Conditions(seqs=clients, controlled=False)
+    """All requests under one condition."""
+    base = Conditions(seqs=clients)
     match condition:
         case "alone":
             return run(served.core(base), requests, clients=1)
@@ -67,7 +67,7 @@ def _run(served: Served, condition: str, requests: Sequence[Request], clients: i
         case "one step late":
             return run(served.core(replace(base, lag=1)), requests)
         case "preempted":
-            return run(served.core(replace(base, num_blocks=scarce(served, requests, clients))), requests)
+            return _preempted(served, base, requests)
         case "prefix hits":
             core = served.core(replace(base, prefix_cache=True))
             silent = SpeculationParams(enabled=False)
@@ -76,13 +76,20 @@ def _run(served: Served, condition: str, requests: Sequence[Request], clients: i
     return run(served.core(base), requests)
 
 
-def scarce(served: Served, requests: Sequence[Request], clients: int) -> int:
-    """Blocks that hold the longest request, or about half of what so many need at their end."""
-    capacity = served.worker.capacity()
-    ahead = 2 * capacity.traits.lookahead + 1
-    needs = [len(one.prompt_ids) + one.sampling.max_tokens + ahead for one in requests]
-    together = sum(sorted(needs)[-clients:]) // 2
-    return -(-max(*needs, together) // capacity.block_size) + 1
+def _preempted(served: Served, base: Conditions, requests: Sequence[Request]) -> Run:
+    """With as many blocks as leave somebody without: how many that is hangs on the lengths of drafts and answers."""
+    for part in (2, 3, 4):
+        answered = run(served.core(replace(base, num_blocks=scarce(served, requests, base.seqs, part))), requests)
+        if answered.stats.preemptions:
+            break
+    return answered
+
+
+def scarce(served: Served, requests: Sequence[Request], clients: int, part: int) -> int:
+    """Blocks that hold the longest request, or a half, third ... of what so many need at their end."""
+    needs = [len(one.prompt_ids) + one.sampling.max_tokens + 1 for one in requests]
+    together = sum(sorted(needs)[-clients:]) // part
+    return -(-max(*needs, together) // served.worker.capacity().block_size) + 1
 
 
 def compare(drafter: str, condition: str, reference: Run, answered: Run) -> Rung:

@@ -69,7 +69,7 @@ def measure(folder: Path, options: Options) -> Compared:
     named = mixed(options.sources, max(options.prompts, max(map(requests_at, options.concurrency))))
     engines = []
     for one in options.variants:
-        engines.append(Served(folder, one, options.quant, options.memory))
+        engines.append(Served(folder, one, options.load))
         say(f"loaded {one.name}")
     for served in engines:
         run(served.core(Conditions()), greedy(tokenizer, named[:4], WARM_UP_TOKENS))

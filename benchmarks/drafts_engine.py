@@ -16,7 +16,7 @@ from typing import cast
 
 from benchmarks.drafts_figures import Round
 from benchmarks.stream import BenchmarkError
-from engine.config import DraftConfig, EngineConfig, KVConfig, ModelConfig, SchedulerConfig
+from engine.config import DraftConfig, EngineConfig, KVConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from engine.core import EngineCore
 from engine.errors import SlipstreamError
 from engine.protocols import StepHandle, Worker, WorkerFactory
@@ -32,17 +32,29 @@ class Variant:
     name: str
     draft: DraftConfig | None
 
+    def whole(self) -> Variant:
+        """The same with drafts that are made and verified whole, whether that pays or not."""
+        return self if self.draft is None else replace(self, draft=replace(self.draft, adaptive=False))
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How a model is loaded: see `engine.config`."""
+
+    quant: str = "auto"
+    memory: str = "384MiB"
+    threads: int | None = None
+
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """How requests meet the engine. `controlled`: drafts are only made, and verified, as far as they pay."""
+    """How requests meet the engine."""
 
     num_blocks: int | None = None
     chunk: int = 512
     seqs: int = 64
     lag: int = 0
     prefix_cache: bool = False
-    controlled: bool = True
 
 
 @dataclass(slots=True)
@@ -108,16 +120,14 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Restrained:
-    """A worker as `Conditions` want it: with fewer blocks, or with drafts that cost nothing and so are never cut."""
+    """A worker with fewer blocks."""
 
     worker: Worker
-    conditions: Conditions
+    num_blocks: int | None
 
     def capacity(self) -> Capacity:
-        capacity, wanted = self.worker.capacity(), self.conditions
-        if wanted.num_blocks is not None:
-            capacity = replace(capacity, num_blocks=wanted.num_blocks)
-        return capacity if wanted.controlled else replace(capacity, step_costs=())
+        capacity = self.worker.capacity()
+        return capacity if self.num_blocks is None else replace(capacity, num_blocks=self.num_blocks)
 
     def submit(self, plan: StepPlan) -> StepHandle:
         return self.worker.submit(plan)
@@ -132,13 +142,14 @@ class Restrained:
 class Served:
     """A loaded model with a drafter. `phases` tells what was loaded, and how large it is."""
 
-    def __init__(self, folder: Path, variant: Variant, quant: str, memory: str) -> None:
+    def __init__(self, folder: Path, variant: Variant, load: Load) -> None:
         """Raises BenchmarkError where the model or its draft can't be loaded."""
         self.variant = variant
         self.phases: list[Phase] = []
         pipeline = "autoregressive" if variant.draft is None else "speculative"
-        model = ModelConfig(path=str(folder), pipeline=pipeline, draft=variant.draft, quant=quant)
-        self._config = EngineConfig(model=model, kv=KVConfig(memory=memory))
+        model = ModelConfig(path=str(folder), pipeline=pipeline, draft=variant.draft, quant=load.quant)
+        parallel = ParallelConfig(threads=load.threads)
+        self._config = EngineConfig(model=model, kv=KVConfig(memory=load.memory), parallel=parallel)
         factory = cast(WorkerFactory, look_up(WORKERS, "local", "worker"))
         try:
             self.worker = factory(self._config, folder, self.phases.append)
@@ -146,13 +157,13 @@ class Served:
             raise BenchmarkError(f"{variant.name}: {error}") from error
 
     def core(self, conditions: Conditions) -> EngineCore:
-        """A new engine over the loaded model: nothing cached, nothing learned of any draft."""
+        """A new engine over the loaded model, with nothing cached."""
         scheduler = SchedulerConfig(
             max_num_seqs=conditions.seqs, max_batched_tokens=conditions.chunk, lag=conditions.lag
         )
         cache = replace(self._config.kv, prefix_cache=conditions.prefix_cache)
         config = replace(self._config, scheduler=scheduler, kv=cache)
-        return EngineCore(Restrained(self.worker, conditions), config)
+        return EngineCore(Restrained(self.worker, conditions.num_blocks), config)
 
 
 def run(core: EngineCore, requests: Sequence[Request], clients: int | None = None) -> Run:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 from benchmarks.drafts_engine import Served
+
+if TYPE_CHECKING:
+    from engine.runtime.worker import LocalWorker
 
 MIB = 1 << 20
 
@@ -35,5 +39,5 @@ HEAD = ["memory, MiB", "target's weights", "draft's weights", "target's pool", "
 
 def memory(served: Served) -> Memory:
     """As the loaded worker counts it."""
-    held = served.worker.memory
+    held = cast("LocalWorker", served.worker).memory
     return Memory(served.variant.name, held.target_weights, held.draft_weights, held.target_pool, held.draft_pool)

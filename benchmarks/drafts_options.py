@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.drafts_engine import Variant
+from benchmarks.drafts_engine import Load, Variant
 from benchmarks.drafts_prompts import SETS
 from engine.config import QUANTS, DraftConfig
 from engine.errors import ConfigError
@@ -27,7 +27,7 @@ class Options:
     variants: tuple[Variant, ...]
     sources: tuple[str, ...]
     quant: str
-    memory: str
+    load: Load
     prompts: int
     tokens: int
     rounds: int
@@ -105,7 +105,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         variants=variants,
         sources=tuple(given.sources or SETS),
         quant=quant,
-        memory=given.memory,
+        load=Load(quant, given.memory, given.threads),
         concurrency=(1, 32) if given.quick and not given.concurrency else tuple(given.concurrency or (1, 4, 16, 32)),
         json=given.json,
         markdown=given.markdown,
@@ -130,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--sources", nargs="+", metavar="SET", help=f"{', '.join(SETS)}, or FILE.jsonl")
         made.add_argument("--quant", choices=QUANTS, help="of the target (default: auto; for agreement none, exact)")
         made.add_argument("--memory", default="384MiB", help="of each engine's KV pool (default: %(default)s)")
+        made.add_argument("--threads", type=count, help="of every engine (default: the machine's cores)")
         for flag in ("prompts", "tokens", "rounds", "clients"):
             made.add_argument(f"--{flag}", type=count, help=f"default: {_DEFAULTS[what][flag]}")
         made.add_argument("--concurrency", type=counts, metavar="N,N", help="of compare (default: 1,4,16,32)")

@@ -287,9 +287,10 @@ class BlockDraftModel(Protocol):
         ...
 
     def blocks(self, anchors: Sequence[int], asks: Sequence[DraftAsk]) -> tuple[torch.Tensor, torch.Tensor]:
-        """One pass: logits [n, most, draft vocabulary] float32 and last hidden states [n, most, width].
+        """One pass: logits [n, k, draft vocabulary] float32 and last hidden states [n, k, width].
 
-        `anchors` are the token ids of the last committed tokens.
+        `anchors` are the token ids of the last committed tokens. k is the largest limit that was asked for, `most` at
+        most: every block is drafted whole, but only positions that somebody wants are scored.
         """
         ...
 

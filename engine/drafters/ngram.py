@@ -81,7 +81,7 @@ class NgramDrafter:
         self,
         asks: Sequence[DraftAsk],
         sampler: DraftSampler | None = None,  # noqa: ARG002  nothing is drawn
-        width: int = 0,  # noqa: ARG002
+        width: int = 0,
     ) -> DraftProposal:
         drafts = [self._histories[ask.request_id].draft(ask.limit) if ask.limit > 0 else [] for ask in asks]
         lengths = tuple(map(len, drafts))

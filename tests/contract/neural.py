@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from engine.drafters.dflash import DFlashDrafter
 from engine.drafters.eagle3 import Eagle3Drafter
+from engine.models.dflash.spec import DraftLayer
+from engine.models.dflash.weights import tensor_shapes
 from engine.models.eagle3.spec import Eagle3Spec
 from engine.models.eagle3.tensors import shapes
 from engine.protocols import DraftAsk, Drafter, DraftProposal, DraftSampler
@@ -111,6 +113,28 @@ def save_dflash(target: PretrainedConfig, folder: Path, **changes: Any) -> Path:
     changes = {"taps": (0, 1), "rope": (("rope_theta", 1e4), ("rope_type", "default"))} | changes
     spec = tiny_spec(text, **changes)
     save_zlab(folder, spec, tiny_tensors(spec), {"num_target_layers": text.num_hidden_layers})
+    return folder
+
+
+def save_echo(target: PreTrainedModel, folder: Path) -> Path:
+    """A draft that nobody has to help where a text goes round in one place: it says what the last tokens would say.
+
+    Its one layer takes the mean of the target's last hidden states over a window of the context, and its own slots add
+    nothing: for a Llama whose next token stays the same, that is the target's own next token.
+    """
+    text = target.config.get_text_config()
+    width, heads = text.hidden_size, {"num_heads": 4, "num_kv_heads": 4, "head_dim": text.hidden_size // 4}
+    layers, last = (DraftLayer(window=12),), text.num_hidden_layers - 1
+    rope = (("rope_theta", 1e4), ("rope_type", "default"))
+    spec = tiny_spec(
+        text, taps=(last,), layers=layers, rope=rope, block_size=8, rms_norm_eps=text.rms_norm_eps, **heads
+    )
+    tensors = {name: torch.zeros(shape) for name, shape in tensor_shapes(spec).items()}
+    for name in ("fc", "layers.0.self_attn.v_proj", "layers.0.self_attn.o_proj"):
+        tensors[f"{name}.weight"] = torch.eye(width) * (50 if name.endswith("o_proj") else 1)
+    tensors["hidden_norm.weight"] += 1
+    tensors["norm.weight"] = target.get_parameter("model.norm.weight").detach().clone()
+    save_zlab(folder, spec, tensors, {"num_target_layers": text.num_hidden_layers})
     return folder
 
 

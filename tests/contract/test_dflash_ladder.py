@@ -224,6 +224,34 @@ def test_random_aborts_leave_nothing_behind(scene: Scene) -> None:
     assert all(outcome.finish is not None for outcome in outcomes.values())
 
 
+def test_an_honest_draft_is_accepted_as_often_in_any_surroundings(tmp_path: Path) -> None:
+    """Nobody helps this one: what is accepted of its drafts hangs on its context alone."""
+    model = save_random(family("llama-tied").config(), tmp_path / "target")
+    neural.save_echo(model, tmp_path / "draft")
+    plain = load_worker(tmp_path / "target", memory="3MiB", threads=1)
+    earlier, _ = workload(plain)
+    told = Ladder(plain).run(earlier)
+    prompts = {one.id: [*one.prompt_ids, *told[one.id].tokens[:18]] for one in earlier}
+    requests = [request(f"{name}+", prompt, 40, temperature=0.0) for name, prompt in prompts.items()]
+    expected = alone(plain, requests)
+    with neural.registered():
+        draft = DraftConfig("helped-dflash", path=str(tmp_path / "draft"))
+        worker = load_worker(tmp_path / "target", memory="3MiB", threads=1, draft=draft)
+    assert assert_same(expected, alone(worker, requests)) == 0
+    cold = said()
+    tokens = sum(len(outcome.tokens) for outcome in expected.values())
+    assert tokens / len(cold) > 2.5, f"{tokens} tokens in {len(cold)} rounds"
+    for name, options in {name: LADDER[name] for name in FEW}.items():
+        ladder = Ladder(worker, **{**options, "num_blocks": 12} if "num_blocks" in options else options)
+        if name == "batched":
+            ladder.run([replace(one, speculation=OFF) for one in earlier])
+        assert assert_same(expected, ladder.run(requests)) == 0
+        found = said()
+        assert_said(cold, found, least=10)
+        if name == "batched":  # elsewhere drafts are cut: by a small step, or by scarce memory
+            assert found.keys() == cold.keys()
+
+
 def test_demo_model_with_a_draft_decodes_as_without(demo_folder: Path, tmp_path: Path) -> None:
     """fp32 and a helped draft of random weights; `python -m benchmarks.drafts agreement` is the large form."""
     rng = random.Random(5)

@@ -189,7 +189,7 @@ def test_a_trained_draft_drafts_as_in_training(world: World, shape: Shape, tmp_p
         assert (logits.float() - expected[row]).abs().max() < 0.03 * scale  # the checkpoint is bf16, the states fp16
 
 
-def load_target(folder: Path):  # type: ignore[no-untyped-def]
+def load_target(folder: Path):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
