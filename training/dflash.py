@@ -64,12 +64,7 @@ class DFlashTask:
         labels = batch.tokens[rows, at]
         ids = self._draft_ids[labels]
         counted = inside & (ids >= 0)
-        # The target's law at a label comes from its hidden state one position before.
-        teacher_at = rows * batch.tokens.shape[1] + at - 1
-        distinct, teacher_rows = teacher_at.unique(return_inverse=True)
-        with torch.no_grad():
-            last = batch.states.flatten(0, 1)[distinct, feature_width:]
-            teacher = (self._parts.normed(last).to(self._low) @ self._head.T).float()
+        teacher, teacher_rows = self._teacher(batch, rows, at)
         weights = torch.exp(-torch.arange(most, device=self._device) / self.recipe.decay) * counted
         markov = w2 = None
         if self.network.markov_head is not None:
@@ -83,13 +78,21 @@ class DFlashTask:
         right = (best.view_as(ids) == ids) & counted
         return total / weights.sum().clamp(min=1.0), right, inside
 
+    @torch.no_grad()
+    def _teacher(self, batch: Batch, rows: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The target's logits of the labels' positions, [distinct, draft vocabulary], and each label's row in them.
+
+        A position's law comes from the hidden state one position before.
+        """
+        distinct, places = (rows * batch.tokens.shape[1] + at - 1).unique(return_inverse=True)
+        last = batch.states.flatten(0, 1)[distinct, len(self.spec.taps) * self.spec.hidden_size :]
+        return (self._parts.normed(last).to(self._low) @ self._head.T).float(), places
+
     def _label_places(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Sequence and position of each label [blocks, most]: the token AT the slot's position, no shift."""
         rows = batch.visible.nonzero()[:, 0].unsqueeze(1)
         anchors = batch.anchors[batch.visible].unsqueeze(1)
-        steps = torch.arange(
-            1, self.spec.most + 1, device=self._device
-        )  # for both layouts: slot j of DSpark's predicts position j + 1
+        steps = torch.arange(1, self.spec.most + 1, device=self._device)  # slot 0 of DSpark's layout predicts step 1
         return rows.expand(-1, self.spec.most), anchors + steps
 
 

@@ -223,6 +223,23 @@ def test_the_fused_loss_is_the_plain_one_and_has_its_gradients(hard: float) -> N
         assert torch.allclose(mine, part.grad, atol=1e-4)  # type: ignore[arg-type]
 
 
+def test_the_teacher_is_the_target_itself(world: World) -> None:
+    """Its row for a label is the target's own logits one position before, restricted to the draft vocabulary."""
+    draft = world.draft(replace(SHAPE, draft_vocab=48))
+    task, corpus, target = task_of(draft), world.corpus(), load_target(world.folder)
+    batch = corpus.batch(corpus.training[:3], 5, task.columns, torch.Generator().manual_seed(0))
+    rows, at = task._label_places(batch)
+    inside = at < batch.lengths[rows]
+    logits, places = task._teacher(batch, rows, at.clamp(max=batch.tokens.shape[1] - 1))
+    for row, length in enumerate(batch.lengths.tolist()):
+        own = target(batch.tokens[row : row + 1, :length]).logits[0][:, draft._vocabulary].float()
+        for block in (rows[:, 0] == row).nonzero()[:, 0].tolist():
+            for step in inside[block].nonzero()[:, 0].tolist():
+                expected = own[at[block, step] - 1]
+                error = (logits[places[block, step]] - expected).abs().max()
+                assert error < 0.03 * expected.abs().max()  # bf16 products
+
+
 def test_labels_outside_the_draft_vocabulary_or_the_answer_weigh_nothing(world: World) -> None:
     draft = world.draft(replace(SHAPE, draft_vocab=20))
     task, corpus = task_of(draft), world.corpus()
