@@ -17,7 +17,7 @@ from engine.models.eagle3.spec import Eagle3Spec
 from training.batches import Batch
 from training.dflash import Recipe
 from training.loss import Labels, mixed_cross_entropy
-from training.network import RMSNorm
+from training.network import MLP, RMSNorm
 from training.target import TargetParts
 
 
@@ -33,18 +33,6 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(spec.num_heads * dim, width, bias=False)
 
 
-class MLP(nn.Module):
-    def __init__(self, spec: Eagle3Spec) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
-
-
 class Layer(nn.Module):
     def __init__(self, spec: Eagle3Spec) -> None:
         super().__init__()
@@ -52,7 +40,7 @@ class Layer(nn.Module):
         self.hidden_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.self_attn = Attention(spec)
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.mlp = MLP(spec)
+        self.mlp = MLP(spec.hidden_size, spec.intermediate_size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
