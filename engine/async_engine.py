@@ -80,7 +80,7 @@ class AsyncEngine:
                 self._client.load(folder), asyncio.to_thread(Tokenizer.load, folder)
             )
             self._tokenizer = tokenizer
-            self._info = model_info(config, capacity, tokenizer.eos_ids, self._created)
+            self._info = model_info(config, capacity, tokenizer.eos_ids, self._created, tokenizer.thinking)
             began = time.monotonic()
             await self._first_token()
             on_phase(Phase("first token", time.monotonic() - began, peak_memory()))

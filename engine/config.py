@@ -77,7 +77,18 @@ class DraftConfig:
 
 @dataclass(frozen=True, slots=True)
 class VerifierConfig:
+    """Which drafted tokens stand where a request does not say otherwise, and how far requests may go."""
+
     name: str = "strict"
+    knobs: Mapping[str, float] = field(default_factory=dict)  # of this verifier; checked when the model is loaded
+    head: str = ""  # the trained head of `diversed`: a folder
+    max_bias: float = 1.0  # ceiling: most that any request may move a token's law, in total variation
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.max_bias <= 1, f"models.verifier.max_bias: {self.max_bias} is not in [0, 1]")
+        for name, value in self.knobs.items():
+            number = type(value) in (int, float)
+            _require(number, f"models.verifier.knobs.{name}: expected a number, got {_show(value)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,14 +234,17 @@ def _find_paths(data: Mapping[str, object], folder: Path) -> None:
     """Make the paths absolute that exist relative to `folder` or its parent; leave all else for later checks."""
     models = data.get("models")
     models = [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
-    for entry in (*models, *(model["draft"] for model in models if isinstance(model.get("draft"), dict))):
-        path = entry.get("path")
-        if not isinstance(path, str) or path in ("", "demo") or "\0" in path:
-            continue
-        places = (place / path for place in (folder, folder.parent))
-        found = next((place for place in places if os.path.lexists(place)), None)
-        if found is not None:
-            entry["path"] = os.path.normpath(found)
+    for model in models:
+        for entry, key in ((model, "path"), (model.get("draft"), "path"), (model.get("verifier"), "head")):
+            if not isinstance(entry, dict):
+                continue
+            path = entry.get(key)
+            if not isinstance(path, str) or path in ("", "demo") or "\0" in path:
+                continue
+            places = (place / path for place in (folder, folder.parent))
+            found = next((place for place in places if os.path.lexists(place)), None)
+            if found is not None:
+                entry[key] = os.path.normpath(found)
 
 
 T = TypeVar("T")

@@ -13,6 +13,7 @@ from engine.config import EngineConfig
 from engine.errors import EngineDead, InvalidRequest
 from engine.protocols import StepHandle, Worker
 from engine.scheduling.scheduler import Scheduler
+from engine.speculation import settle_server
 from engine.types import Capacity, EngineStats, FinishReason, ModelInfo, Request, SeqUpdate, StepPlan, StepReport
 
 logger = logging.getLogger(__name__)
@@ -163,9 +164,18 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def model_info(config: EngineConfig, capacity: Capacity, eos_ids: Iterable[int], created: int) -> ModelInfo:
-    """What a front process knows of a model once its worker is ready; `created` is in unix seconds."""
-    draft = config.model.draft
+def model_info(
+    config: EngineConfig,
+    capacity: Capacity,
+    eos_ids: Iterable[int],
+    created: int,
+    thinking: tuple[int, int] | None = None,
+) -> ModelInfo:
+    """What a front process knows of a model once its worker is ready; `created` is in unix seconds.
+
+    Raises ConfigError for a verifier of the server's own that its draft can't be verified by, or with wrong knobs.
+    """
+    draft, verifier, most = config.model.draft, config.model.verifier, capacity.traits.max_draft
     return ModelInfo(
         id=config.model.name,
         path=config.model.path,
@@ -179,6 +189,12 @@ def model_info(config: EngineConfig, capacity: Capacity, eos_ids: Iterable[int],
         pipeline=config.model.pipeline,
         drafter="" if draft is None else draft.drafter,
         draft="" if draft is None else draft.name,
-        max_draft=capacity.traits.max_draft,
-        verifier="" if draft is None else config.model.verifier.name,
+        max_draft=most,
+        verifier="" if draft is None else verifier.name,
+        verifier_knobs=settle_server(verifier, capacity.verifiers) if most else (),
+        verifier_head=verifier.head.rstrip("/").rsplit("/", 1)[-1],
+        sample=draft is not None and draft.sample,
+        verifiers=capacity.verifiers if most else (),
+        max_bias=verifier.max_bias,
+        thinking=thinking,
     )

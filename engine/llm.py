@@ -22,7 +22,9 @@ from engine.registry import WORKERS
 from engine.registry import resolve as resolve_name
 from engine.tokenizer.tokenizer import Tokenizer
 from engine.types import (
+    Capacity,
     FinishReason,
+    ModelInfo,
     Phase,
     Request,
     SamplingParams,
@@ -81,7 +83,7 @@ class LLM:
         loaded = cast(WorkerFactory, resolve_name({worker: worker}, worker, "worker"))(config, folder, _log_phase)
         self._core = EngineCore(loaded, config)
         self._ids = itertools.count()
-        self.info = model_info(config, loaded.capacity(), self.tokenizer.eos_ids, int(time.time()))
+        self.info = _info(config, loaded.capacity(), self.tokenizer)
 
     def generate(
         self,
@@ -173,6 +175,10 @@ def configure(settings: Mapping[str, object]) -> EngineConfig:
             raise ConfigError(f"{key}: unknown setting; known: {', '.join(sorted(set().union(*sections.values())))}")
         data.setdefault(section, {})[key] = value
     return build(EngineConfig, data, "")
+
+
+def _info(config: EngineConfig, capacity: Capacity, tokenizer: Tokenizer) -> ModelInfo:
+    return model_info(config, capacity, tokenizer.eos_ids, int(time.time()), tokenizer.thinking)
 
 
 def _completion(request: Request, event: TokenEvent) -> Completion:

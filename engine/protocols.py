@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from engine.types import Capacity, DecodeTraits, EngineStats, Phase, RequestSummary, StepOutput, StepPlan
+from engine.verification import VerifierCard
 
 if TYPE_CHECKING:
     import torch
@@ -115,6 +116,12 @@ class ForwardRunner(Protocol):
         """Feed all inputs in one pass; fp32 logits [len(rows), vocabulary] of the given rows of the packed tokens."""
         ...
 
+    def forward_with_states(
+        self, inputs: Sequence[SeqInput], rows: Sequence[int], mode: AttentionMode = ...
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward`, and what the output head made the logits of: [len(rows), width], after the final norm."""
+        ...
+
 
 class StepAttention(Protocol):
     """Attention of one prepared step; `attend` is called once per layer, which may have windows of its own.
@@ -158,9 +165,14 @@ class Delta:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dense:
-    """Drafted tokens were drawn from `probs` [n, k, vocabulary] float32."""
+    """Drafted tokens were drawn from `probs` [n, k, vocabulary] float32.
+
+    With `rows`, only the drafts of these indices were, and probs[i] is of draft rows[i]; all others were chosen. What
+    verifiers get has none.
+    """
 
     probs: torch.Tensor
+    rows: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -195,6 +207,7 @@ class DraftAsk:
     `position` is that of the last committed token, the anchor. `fed`: how many committed tokens the step feeds before
     the draft; where it is 1, the target has computed all before the anchor, in this request or in one that shares its
     blocks, so its hidden states were seen. `block_ids` covers the positions up to `position + limit`.
+    `temperature` > 0 asks for the marginal of its tokens, at this temperature.
     """
 
     request_id: str
@@ -202,10 +215,15 @@ class DraftAsk:
     position: int = 0
     fed: int = 1
     block_ids: tuple[int, ...] = ()
+    temperature: float = 0.0
 
 
 class DraftSampler(Protocol):
     """Draws drafted tokens with a request's own temperature and truncation; a function of request and position."""
+
+    def draws(self, ask: int) -> bool:
+        """Are the drafts of request asks[ask] drawn at all, and not just the likeliest tokens?"""
+        ...
 
     def draw(
         self, logits: torch.Tensor, asks: Sequence[int], steps: Sequence[int]
@@ -213,7 +231,7 @@ class DraftSampler(Protocol):
         """Tokens [rows] int64 and the laws they were drawn from, probabilities [rows, vocabulary] float32.
 
         Row i of `logits` [rows, vocabulary] float32 is drafted position steps[i] (0 is the first) of request asks[i].
-        A greedy request's law is one-hot.
+        Requests that do not draw their drafts, greedy ones among them, get the most likely token and a one-hot law.
         """
         ...
 
@@ -226,7 +244,7 @@ class DraftProposal:
     token's parent in its row, parents first, -1 for the last committed token, and siblings differ; None is a chain, as
     all drafters give: pipelines grow trees from `options`.
     `law` is what the tokens were really drawn from; `marginal` what the draft model thought of them, however they were
-    chosen, where it says.
+    chosen: filled by drafters that can (`Drafter.scores`), for requests whose ask has a temperature.
     `margins` [n, k] float32 is anything that grows with the chance that a token stands, known before it is drawn: the
     distance of the two best logits, or a confidence head's logit.
     """
@@ -252,6 +270,11 @@ class Drafter(Protocol):
         """Tokens of the longest draft that it offers, where nobody asks for another length."""
         ...
 
+    @property
+    def scores(self) -> bool:
+        """Can it say what it thinks of its tokens (`marginal`)?"""
+        ...
+
     def admit(self, request_id: str, tokens: Sequence[int]) -> None:
         """A request starts, or starts again, with these committed tokens."""
         ...
@@ -263,7 +286,7 @@ class Drafter(Protocol):
         ...
 
     def propose(self, asks: Sequence[DraftAsk], sampler: DraftSampler | None = None, width: int = 0) -> DraftProposal:
-        """Tokens are the likeliest ones, unless there is a `sampler` to draw them (then `law` is Dense).
+        """Tokens are the likeliest ones, unless there is a `sampler` that draws them (then `law` is Dense).
 
         `width` > 0 asks for that many `options`; drafters that have none to give leave them out.
         """
@@ -365,12 +388,22 @@ class TargetRows:
     `draws` [n, k + 1] int64 is the target's own token at each row, from the draw that plain decoding would make there;
     -1 where the row has no draft before it, or where nothing can be drawn (its logits are no numbers, or every token is
     banned). `log_probs` [n, k + 1, vocabulary] float32, the laws of these draws, and `chance` are filled for verifiers
-    that need laws.
+    that need laws; NaN in rows where nothing can be drawn, -inf for tokens that the request may not get.
+
+    For verifiers that are not lossless: `knobs` are their settings, [n] float64 each. `greedy` [n] bool are requests
+    that draw nothing: their `log_probs` are those of temperature 1, without truncation, and a verifier commits the
+    likeliest token of its own law in place of a drawn one. `free` [n, k] bool says at which drafted tokens the
+    verifier may leave the target's law at all; None is everywhere. `states` [n, k + 1, width]: what the target's
+    output head read, for verifiers that need it.
     """
 
     draws: torch.Tensor
     log_probs: torch.Tensor | None = None
     chance: Chance | None = None
+    knobs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    greedy: torch.Tensor | None = None
+    free: torch.Tensor | None = None
+    states: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -383,14 +416,24 @@ class Verdict:
     accepted: torch.Tensor
     path: torch.Tensor
     next_token: torch.Tensor
-    bias: torch.Tensor | None = None  # [n] float32: estimated distance from the target's law; None: lossless
+    # [n, k] float32: how far the law of the token at each drafted position is from the target's law there, in total
+    # variation; counts where the token is reached. None: lossless.
+    bias: torch.Tensor | None = None
+
+
+class VerifierHead(Protocol):
+    """Says at each drafted position how much of the target its law keeps. Trained for one target and one draft."""
+
+    def weights(self, hidden: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """[n, k] float32 in (0, 1) from `DraftProposal.hidden` and, of the same positions, `TargetRows.states`."""
+        ...
 
 
 class Verifier(Protocol):
     """Says which drafted tokens stand. Pure: all randomness comes in with `target`."""
 
     @property
-    def lossless(self) -> bool: ...
+    def card(self) -> VerifierCard: ...
 
     @property
     def needs_laws(self) -> bool:
@@ -398,11 +441,23 @@ class Verifier(Protocol):
         ...
 
     @property
+    def needs_marginal(self) -> bool:
+        """Does it read `DraftProposal.marginal` of tokens that were chosen?"""
+        ...
+
+    @property
+    def needs_states(self) -> bool:
+        """Does it read `DraftProposal.hidden` and `TargetRows.states`?"""
+        ...
+
+    @property
     def trees(self) -> bool:
         """Can it verify trees?"""
         ...
 
-    def verify(self, proposal: DraftProposal, target: TargetRows) -> Verdict: ...
+    def verify(self, proposal: DraftProposal, target: TargetRows) -> Verdict:
+        """All drafts of one call have one law: Dense where they were drawn, Delta where they were chosen."""
+        ...
 
 
 class EngineObserver(Protocol):

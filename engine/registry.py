@@ -33,6 +33,13 @@ DRAFT_MODELS = {
 VERIFIERS = {
     "strict": "engine.verifiers.strict:StrictVerifier",
     "rejection": "engine.verifiers.rejection:RejectionVerifier",
+    "block": "engine.verifiers.block:BlockVerifier",
+    "ensemble": "engine.verifiers.ensemble:EnsembleVerifier",
+    "diversed": "engine.verifiers.diversed:DiversedVerifier",
+    "bounded": "engine.verifiers.bounded:BoundedVerifier",
+    "lenient": "engine.verifiers.lenient:LenientVerifier",
+    "typical": "engine.verifiers.typical:TypicalVerifier",
+    "top_k_gap": "engine.verifiers.top_k_gap:TopKGapVerifier",
 }
 WORKERS = {
     "local": "engine.runtime.worker:LocalWorker",

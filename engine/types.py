@@ -11,6 +11,8 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
+from engine.verification import VerifierCard
+
 
 class FinishReason(StrEnum):
     """Why a sequence ended. STOP: end-of-sequence, stop id or stop string. LENGTH: max_tokens or context."""
@@ -58,12 +60,18 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class SpeculationParams:
-    """How a request wants to be drafted for. Under a lossless verifier none of it changes a token of the answer."""
+    """How a request wants to be drafted for. Under a lossless verifier none of it changes the law of the answer."""
 
     enabled: bool = True  # where the model is served with a drafter
     max_draft: int | None = None  # most drafted tokens of one round; None: the server's
     report: bool = False  # put a SpeculationReport into the answer
     trace: bool = False  # tell of each token where it came from (TokenEvent.origins)
+    verifier: str = ""  # empty: the server's; `validate` puts its name here, and all of its knobs below
+    knobs: tuple[tuple[str, float], ...] = ()  # of the verifier, by their names
+    sample: bool | None = None  # draw the drafts, where the verifier weighs laws; None: the server's
+    thinking_only: bool = False  # be lossless outside the thinking span
+    thinking: tuple[int, int] | None = None  # the tokens around that span; filled by `validate` from the model's
+    bias_bound: float = 0.0  # most that a token's law may move, in total variation; filled by `validate`
 
     def bound(self, most: int) -> int:
         """Most tokens to draft for this request where the pipeline drafts at most `most`."""
@@ -238,6 +246,9 @@ class SeqResult:
     accepted: int = 0
     # Of drafted tokens that were not verified: how many would have stood, on average, and the chance that one fell.
     foreseen: tuple[float, float] = (0.0, 0.0)
+    # How far the law of each new token was from the target's (total variation, given what stands before it, averaged
+    # over the draws of its round); empty: not at all.
+    bias: tuple[float, ...] = ()
     nfe: int = 1  # forward passes of the target spent
     error: str | None = None
     leaf: bool = False  # of a draft tree: nothing was drafted to follow the accepted tokens
@@ -263,6 +274,7 @@ class Capacity:
     numerics: str = ""  # device, number types, packing, attention: what the last digits of a logit depend on
     # (requests drafted for, seconds) of measured draft passes, rising. Empty: drafting costs no time, or none is known.
     draft_costs: tuple[tuple[int, float], ...] = ()
+    verifiers: tuple[VerifierCard, ...] = ()  # that requests may choose from; none where nothing is drafted
 
 
 class CostTable:
@@ -308,6 +320,19 @@ class SeqUpdate:
     drafted: int = 0  # tokens that this step's round drafted, and how many of those stood
     accepted: int = 0
     leaf: bool = False  # see SeqResult
+    bias: tuple[float, ...] = ()  # see SeqResult
+
+
+@dataclass(frozen=True, slots=True)
+class VerifierStats:
+    """What came of one verifier's rounds; counters are totals since start."""
+
+    name: str
+    rounds: int = 0
+    drafted: int = 0  # tokens
+    accepted: int = 0  # tokens
+    tokens: int = 0  # committed in these rounds
+    bias: float = 0.0  # of these tokens together, see SeqResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,6 +354,7 @@ class EngineStats:
     spec_drafted: int = 0  # tokens
     spec_accepted: int = 0  # tokens
     spec_accepted_at: tuple[int, ...] = ()  # tokens, by their position in the draft
+    verifiers: tuple[VerifierStats, ...] = ()  # those that have verified anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,7 +384,12 @@ class ModelInfo:
     draft: str = ""  # name of the drafter's checkpoint, without its folders; empty where it has none
     max_draft: int = 0
     verifier: str = ""
-    lossless: bool = True  # do drafted requests get tokens of the target's own law
+    verifier_knobs: tuple[tuple[str, float], ...] = ()  # the server's values for its verifier
+    verifier_head: str = ""  # name of the trained head's folder; empty where there is none
+    sample: bool = False  # are drafts drawn where a request does not say, and its verifier weighs laws
+    verifiers: tuple[VerifierCard, ...] = ()  # that requests may choose from
+    max_bias: float = 1.0  # most that a request's verifier may move a token's law, in total variation
+    thinking: tuple[int, int] | None = None  # the tokens around a thinking span, where the tokenizer has them
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,6 +417,12 @@ class SpeculationReport:
     drafted: int = 0  # tokens
     accepted: int = 0  # tokens
     histogram: tuple[int, ...] = ()  # [a]: rounds in which a drafted tokens stood
+    tokens: int = 0  # of the answer
+    verifier: str = ""  # as settled, with all its knobs; empty where nothing is drafted
+    knobs: tuple[tuple[str, float], ...] = ()
+    decoder: str = "target"  # or "relaxed"; greedy and relaxed is "relaxed_greedy", which is not the target's greedy
+    bias_bound: float | None = 0.0  # most that the law of a token may have moved; None of a greedy one, which has none
+    bias: float = 0.0  # of these tokens together, see SeqResult: no less than the answer's total variation, on average
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from engine.errors import ContextLengthExceeded, InvalidRequest
-from engine.types import ModelInfo, Request, SamplingParams, SpeculationParams
+from engine.speculation import settle
+from engine.types import ModelInfo, Request, SamplingParams
 
 MAX_LOGPROBS = 20  # alternatives per token
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
 MAX_LISTED = 1024  # entries of logit_bias, stop_token_ids and bad_words
 MAX_BAD_WORD_TOKENS = 64
-MAX_DRAFT = 1024  # what a request may name; the model's own bound holds too
 GREEDY_BELOW = 1e-5  # a positive temperature under this would overflow the logits; it is greedy in all but name
 INT64 = 1 << 63
 
@@ -113,7 +113,7 @@ RULES = (
 
 
 def validate(request: Request, info: ModelInfo, *, param: str = "prompt") -> Request:
-    """The request as it can be run: `max_tokens` is cut to the room that the context leaves.
+    """The request as it can be run: `max_tokens` is cut to the room that the context leaves, the verifier settled.
 
     `param` is the client's name of the prompt in errors ("messages" for a chat). Raises InvalidRequest, and
     ContextLengthExceeded when the prompt alone leaves no room for a token.
@@ -123,7 +123,7 @@ def validate(request: Request, info: ModelInfo, *, param: str = "prompt") -> Req
         if not rule.holds(sampling, info):
             raise InvalidRequest(f"{rule.param} {rule.text}", param=rule.param)
     _check_envelope(request)
-    _check_speculation(request.speculation)
+    speculation = settle(request.speculation, info)
     length = len(request.prompt_ids)
     if length == 0:
         raise InvalidRequest(f"{param} must hold at least one token", param=param)
@@ -140,7 +140,7 @@ def validate(request: Request, info: ModelInfo, *, param: str = "prompt") -> Req
         temperature=0.0 if sampling.temperature < GREEDY_BELOW else float(sampling.temperature),
         top_k=0 if sampling.top_k >= info.vocab_size else sampling.top_k,
     )
-    return replace(request, sampling=fitted)
+    return replace(request, sampling=fitted, speculation=speculation)
 
 
 def _check_envelope(request: Request) -> None:
@@ -150,16 +150,6 @@ def _check_envelope(request: Request) -> None:
             raise InvalidRequest(f"{name} must be a string of valid Unicode", param=name)
     if not _integer(request.priority, -INT64, INT64 - 1):
         raise InvalidRequest("priority must be a 64-bit integer", param="priority")
-
-
-def _check_speculation(params: SpeculationParams) -> None:
-    """A model without a drafter takes any of it: then nothing is drafted, and the tokens are the same."""
-    for name in ("enabled", "report", "trace"):
-        if type(getattr(params, name)) is not bool:
-            raise InvalidRequest(f"speculation.{name} must be true or false", param=f"speculation.{name}")
-    if not _optional_integer(params.max_draft, 0, MAX_DRAFT):
-        message = f"speculation.max_draft must be an integer between 0 and {MAX_DRAFT}"
-        raise InvalidRequest(message, param="speculation.max_draft")
 
 
 def _check_satisfiable(params: SamplingParams, info: ModelInfo) -> None:

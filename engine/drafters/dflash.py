@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from engine.protocols import BlockDraftModel, Delta, Dense, DraftAsk, DraftProposal, DraftSampler, Options
+from engine.drafters.wishes import Wishes
+from engine.protocols import BlockDraftModel, Delta, Dense, DraftAsk, DraftProposal, DraftSampler, Options, Scalar
 
 LANES = 64  # logits are looked through in pieces of this size: much faster than one by one
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Walked:
+    """What came of the positions of n blocks. `laws` are those of the drawn ones alone, `probs` of the chosen ones."""
+
+    tokens: torch.Tensor  # [n, k]
+    margins: torch.Tensor  # [n, k]
+    laws: torch.Tensor | None  # [drawn, k, vocabulary]
+    probs: torch.Tensor | None  # [n, k]
 
 
 class DFlashDrafter:
@@ -19,6 +31,8 @@ class DFlashDrafter:
     before. Its block is always whole, whatever the limit: its slots see each other, so a shorter one would say
     something else.
     """
+
+    scores = True
 
     def __init__(self, model: BlockDraftModel) -> None:
         self.most = model.most
@@ -46,61 +60,52 @@ class DFlashDrafter:
         anchors = [self._anchors[asks[index].request_id] for index in chosen]
         logits, hidden = self._model.blocks(anchors, [asks[index] for index in chosen])
         options = _options(logits, self._model, width) if width else None
+        wishes = Wishes(asks, chosen, sampler, self._model.widen, logits.device)
         walk = self._in_turn if self._model.sequential else self._at_once
-        tokens, margins, laws = walk(logits, hidden, torch.tensor(anchors, device=logits.device), sampler, chosen)
-        limits = torch.tensor([lengths[index] for index in chosen], device=tokens.device)
-        tokens = tokens.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) >= limits[:, None], -1)
-        place = _Places(len(asks), chosen, tokens.device)
+        walked = walk(logits, hidden, torch.tensor(anchors, device=logits.device), wishes)
+        tokens, device = walked.tokens, logits.device
+        limits = torch.tensor([lengths[index] for index in chosen], device=device)
+        tokens = tokens.masked_fill(torch.arange(tokens.shape[1], device=device) >= limits[:, None], -1)
+        place = _Places(len(asks), chosen, device)
         return DraftProposal(
             tokens=place(tokens, -1),
             lengths=tuple(lengths),
-            law=Delta() if laws is None else Dense(place(laws, 0.0)),
+            law=Delta() if walked.laws is None else Dense(walked.laws, wishes.drawn),
+            marginal=None if walked.probs is None else Scalar(place(walked.probs, 0.0)),
             hidden=place(hidden, 0.0),
-            margins=place(margins, float("-inf")),
+            margins=place(walked.margins, float("-inf")),
             options=None if options is None else Options(place(options[0], 0), place(options[1], float("-inf"))),
         )
 
-    def _at_once(
-        self,
-        logits: torch.Tensor,
-        hidden: torch.Tensor,
-        before: torch.Tensor,
-        sampler: DraftSampler | None,
-        chosen: Sequence[int],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Tokens [n, k], their margins, and their laws if they are drawn; `before` [n] are the anchors."""
-        count, steps = logits.shape[:2]
+    def _at_once(self, logits: torch.Tensor, hidden: torch.Tensor, before: torch.Tensor, wishes: Wishes) -> Walked:
+        """`before` [n] are the anchors."""
         best, margins = best_two(logits)
-        tokens, laws = self._model.target_ids(best), None
-        if sampler is not None:
-            rows = [index for index in chosen for _ in range(steps)]
-            tokens, laws = sampler.draw(self._model.widen(logits.flatten(0, 1)), rows, list(range(steps)) * count)
-            tokens, laws = tokens.view(count, steps), laws.view(count, steps, -1)
+        tokens, laws = wishes.draw(self._model.target_ids(best), logits, 0)
         previous = torch.cat((before[:, None], tokens[:, :-1]), dim=1)
         trained = self._model.confidence(hidden.flatten(0, 1), previous.flatten())
-        return tokens, margins if trained is None else trained.view(count, steps), laws
+        margins = margins if trained is None else trained.view(margins.shape)
+        return Walked(tokens, margins, laws, wishes.score(logits, best))
 
-    def _in_turn(
-        self,
-        logits: torch.Tensor,
-        hidden: torch.Tensor,
-        before: torch.Tensor,
-        sampler: DraftSampler | None,
-        chosen: Sequence[int],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def _in_turn(self, logits: torch.Tensor, hidden: torch.Tensor, before: torch.Tensor, wishes: Wishes) -> Walked:
         """`_at_once` where each token changes the logits of the next."""
-        tokens, margins, laws = [], [], []
+        tokens, margins, laws, probs = [], [], [], []
         for step in range(logits.shape[1]):
             trained = self._model.confidence(hidden[:, step], before)
-            refined = self._model.refine(logits[:, step], hidden[:, step], before)
+            refined = self._model.refine(logits[:, step], hidden[:, step], before).unsqueeze(1)
             best, distance = best_two(refined)
-            before = self._model.target_ids(best)
-            if sampler is not None:
-                before, law = sampler.draw(self._model.widen(refined), chosen, [step] * len(chosen))
-                laws.append(law)
-            tokens.append(before)
-            margins.append(distance if trained is None else trained)
-        return torch.stack(tokens, 1), torch.stack(margins, 1), torch.stack(laws, 1) if laws else None
+            drawn, law = wishes.draw(self._model.target_ids(best), refined, step)
+            before = drawn.squeeze(1)
+            tokens.append(drawn)
+            margins.append(distance if trained is None else trained.unsqueeze(1))
+            laws += [] if law is None else [law]
+            scored = wishes.score(refined, best)
+            probs += [] if scored is None else [scored]
+        return Walked(
+            torch.cat(tokens, 1),
+            torch.cat(margins, 1),
+            torch.cat(laws, 1) if laws else None,
+            torch.cat(probs, 1) if probs else None,
+        )
 
 
 class _Places:

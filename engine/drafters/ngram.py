@@ -64,6 +64,7 @@ class NgramDrafter:
     """See `protocols.Drafter`."""
 
     most = 8
+    scores = False
 
     def __init__(self) -> None:
         self._histories: dict[str, History] = {}

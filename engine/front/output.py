@@ -20,16 +20,21 @@ class Rounds:
     """What drafting did for one request.
 
     The tokens of a round are the drafted ones that stood, then the target's own. Where the answer ends inside a round,
-    drafted tokens behind its end do not count as accepted: `accepted` counts tokens of the answer, `drafted` all that
-    was verified for it.
+    what is behind its end counts as little as it is told: `accepted` and `bias` are of tokens of the answer, `drafted`
+    is all that was verified for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._tokens = 0
         self._drafted = 0
         self._histogram: list[int] = []
+        self._bias = 0.0
 
     def note(self, update: SeqUpdate, kept: int) -> None:
         """`kept`: how many of the update's tokens belong to the answer."""
+        self._tokens += kept
+        self._bias += sum(update.bias[:kept])
         if not update.drafted:
             return
         self._drafted += update.drafted
@@ -39,7 +44,20 @@ class Rounds:
 
     def report(self) -> SpeculationReport:
         accepted = sum(stood * rounds for stood, rounds in enumerate(self._histogram))
-        return SpeculationReport(sum(self._histogram), self._drafted, accepted, tuple(self._histogram))
+        params, greedy = self._request.speculation, self._request.sampling.temperature == 0
+        relaxed = params.bias_bound > 0
+        return SpeculationReport(
+            rounds=sum(self._histogram),
+            drafted=self._drafted,
+            accepted=accepted,
+            histogram=tuple(self._histogram),
+            tokens=self._tokens,
+            verifier=params.verifier,
+            knobs=params.knobs,
+            decoder=("relaxed_greedy" if greedy else "relaxed") if relaxed else "target",
+            bias_bound=None if relaxed and greedy else params.bias_bound,
+            bias=self._bias,
+        )
 
 
 def origins(update: SeqUpdate, kept: int) -> str:
@@ -60,7 +78,7 @@ class RequestOutput:
         self.last_news = request.arrival
         self.num_tokens = 0  # completion tokens that count
         self._detokenizer = Detokenizer(tokenizer, request.sampling, request.prompt_ids)
-        self._rounds = Rounds()
+        self._rounds = Rounds(request)
         self._prompt_logprobs: list[TokenLogprob] = []
         self._cached_tokens = 0
         self._preemptions = 0

@@ -54,6 +54,11 @@ class LoadedDraft(Protocol):
         ...
 
     @property
+    def width(self) -> int:
+        """Of its last hidden states."""
+        ...
+
+    @property
     def reach(self) -> int:
         """Positions past the last committed token's that a draft writes to its pool."""
         ...

@@ -1,4 +1,4 @@
-"""Hidden states after given layers, from a model whose backbone is not fused: by forward hooks, for one pass."""
+"""Hidden states of one pass, by hooks: after given layers, where the backbone is not fused, and before the head."""
 
 from __future__ import annotations
 
@@ -30,6 +30,22 @@ def tapped(model: nn.Module, taps: Taps | None) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def head_inputs(head: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Within this, the list gains what `head` reads, [..., width], whenever it is called."""
+    found: list[torch.Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[object, ...]) -> None:
+        assert isinstance(inputs[0], torch.Tensor)
+        found.append(inputs[0])
+
+    hook = head.register_forward_pre_hook(keep)
+    try:
+        yield found
+    finally:
+        hook.remove()
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

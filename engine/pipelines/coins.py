@@ -1,9 +1,9 @@
 """The randomness of a draft: its tokens, and the coins of its verification, as functions of request and position.
 
 Every purpose has a stream of its own (`rng.Purpose`), keyed by the request's seed and the absolute position of the
-token in question. Coins behind a rejection have decided nothing, so the next round may meet them again. Drafted tokens
-behind it may have: by the margins of those after them, they can shape later drafts. So their key also holds the place
-in the draft, and no two rounds draw the same token from the same numbers.
+token in question. What a round draws for the positions behind a rejection may have decided something all the same:
+drafted tokens shape later drafts by the margins after them, and block verification looks at all coins of a round. So
+the key also holds the place in the draft, and no two rounds draw anything from the same numbers.
 """
 
 from __future__ import annotations
@@ -48,9 +48,14 @@ class RequestSampler:
     that weigh laws are exact under any proposal, and what the target bans never stands.
     """
 
-    def __init__(self, states: Sequence[SamplingState]) -> None:
+    def __init__(self, states: Sequence[SamplingState], drawn: Sequence[bool] | None = None) -> None:
+        """`drawn[i]`: are the drafts of ask i drawn? None: those of all requests that are not greedy."""
         self._states = states
+        self._drawn = [not state.greedy for state in states] if drawn is None else drawn
         self._group: DrawnRows | None = None  # that of the last call: drafting token by token asks for it again
+
+    def draws(self, ask: int) -> bool:
+        return self._drawn[ask]
 
     def draw(self, logits: Tensor, asks: Sequence[int], steps: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Rows whose logits are no numbers get any token, and a law that says so."""
@@ -58,7 +63,7 @@ class RequestSampler:
         laws = torch.zeros_like(logits).scatter_(1, tokens.unsqueeze(1), 1.0)
         group = self._group
         if group is None or group.asks != tuple(asks):
-            group = self._group = DrawnRows(self._states, asks, logits)
+            group = self._group = DrawnRows(self._states, self._drawn, asks, logits)
         if group.rows:
             at = group.at
             largest = logits.gather(1, tokens.unsqueeze(1))[at]
@@ -74,10 +79,12 @@ class RequestSampler:
 class DrawnRows:
     """The rows of `asks` that are drawn and not just the most likely token, and how."""
 
-    def __init__(self, states: Sequence[SamplingState], asks: Sequence[int], logits: Tensor) -> None:
+    def __init__(
+        self, states: Sequence[SamplingState], drawn: Sequence[bool], asks: Sequence[int], logits: Tensor
+    ) -> None:
         device = logits.device
         self.asks = tuple(asks)
-        self.rows = [row for row, ask in enumerate(asks) if not states[ask].greedy]
+        self.rows = [row for row, ask in enumerate(asks) if drawn[ask]]
         self.at = torch.tensor(self.rows, dtype=torch.int64, device=device)
         params = [states[asks[row]].sampling for row in self.rows]
         self.temperature = torch.tensor([p.temperature for p in params], device=device).unsqueeze(1)

@@ -16,7 +16,7 @@ import torch
 
 from engine.pipelines.rounds import Round
 from engine.pipelines.states import Share
-from engine.pipelines.survival import LengthChoice, SurvivalEstimator, foreseen
+from engine.pipelines.survival import LengthChoice, SurvivalByKind, foreseen
 from engine.pipelines.trees import Tree, calibrated, grow
 from engine.protocols import Dense, DraftProposal, Options, Rows, Scalar
 from engine.types import CostTable
@@ -46,7 +46,7 @@ class Shaper:
 
     def __init__(self, tree: int = 0) -> None:
         self._tree = tree
-        self._survival = SurvivalEstimator()
+        self._survival = SurvivalByKind()
         self._barren: dict[int, int] = {}  # by the bit length of a step's requests
         self.set_costs((), (), ())
 
@@ -56,8 +56,11 @@ class Shaper:
         self._lengths, self._sizes = LengthChoice(steps, drafts), LengthChoice(trees or steps, drafts)
 
     def width(self, shares: Sequence[Share]) -> int:
-        """Options to ask the drafter for. Trees are grown only where every request feeds a single token."""
-        if not self._tree or not all(share.samples and len(share.ids) == 1 for share in shares):
+        """Options to ask the drafter for.
+
+        Trees are grown only where every request feeds a single token, and has a verifier that knows trees.
+        """
+        if not self._tree or not all(share.samples and len(share.ids) == 1 and _branches(share) for share in shares):
             return 0
         if not self._trees:
             return WIDTH
@@ -72,7 +75,7 @@ class Shaper:
             return Shape(proposal)
         margins, chances, options = proposal.margins, None, proposal.options
         if margins is not None:
-            chances = self._survival.chances(margins, proposal.lengths)
+            chances = self._survival.chances([*map(_kind, drawing)], margins, proposal.lengths)
         if options is not None:
             log_probs = _rows(options.log_probs, proposal.lengths)
             if chances is None:
@@ -102,11 +105,14 @@ class Shaper:
             if share.tree is None:
                 round_.foreseen = foreseen(chances, len(share.drafts), stood)
         if shape.margins is not None:
-            self._survival.observe(shape.margins, lengths, accepted)
+            self._survival.observe([*map(_kind, drawing)], shape.margins, lengths, accepted)
 
     def _choose(self, chances: Table, fed: int, proposal: DraftProposal) -> list[int]:
-        drawn = isinstance(proposal.law, Dense)  # perhaps one after another: then margins tell of earlier tokens
-        return (self._lengths.choose_in_turn if drawn else self._lengths.choose)(chances, fed)
+        law = proposal.law
+        if not isinstance(law, Dense):
+            return self._lengths.choose(chances, fed)
+        # Perhaps they were drawn one after another: then margins tell of earlier tokens.
+        return self._lengths.choose_in_turn(chances, fed, range(len(chances)) if law.rows is None else law.rows)
 
     def _grow(
         self, drawing: Sequence[Share], options: Options, log_probs: list[Table], lengths: Sequence[int]
@@ -154,7 +160,7 @@ def cut(proposal: DraftProposal, lengths: Sequence[int]) -> DraftProposal:
     tokens, law, marginal = proposal.tokens[:, :most], proposal.law, proposal.marginal
     past = torch.arange(most).expand(len(lengths), most) >= torch.tensor(lengths).unsqueeze(1)
     if isinstance(law, Dense):
-        law = Dense(law.probs[:, :most])
+        law = replace(law, probs=law.probs[:, :most])
     if isinstance(marginal, Scalar | Rows):
         marginal = type(marginal)(marginal.probs[:, :most])
     return replace(
@@ -167,6 +173,16 @@ def cut(proposal: DraftProposal, lengths: Sequence[int]) -> DraftProposal:
         margins=None if proposal.margins is None else proposal.margins[:, :most],
         options=None,
     )
+
+
+def _branches(share: Share) -> bool:
+    return share.state.choice is None or share.state.choice.verifier.trees
+
+
+def _kind(share: Share) -> tuple[str, bool]:
+    """What the chances of a request's drafts depend on beside their margins."""
+    choice = share.state.choice
+    return ("", False) if choice is None else (choice.verifier.card.name, choice.drawn)
 
 
 def as_proposal(trees: Sequence[Tree]) -> DraftProposal:

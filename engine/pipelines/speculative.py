@@ -1,26 +1,28 @@
 """Speculative decoding: draft some tokens, score them all in one target pass, keep those that the verifier lets stand.
 
-Any drafter with any verifier. All requests of a step share one pass: prompts in chunks, plain decodes, drafts of
-different lengths. Rejected positions hold stale KV that the next step overwrites; nothing is rolled back. With
-`a` of `k` drafted tokens accepted, a round commits a + 1 tokens and makes the KV of the first a of them final
-(Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", 2023). The nodes of a draft tree lie in
-consecutive slots, siblings too; those on the accepted path are moved to the places of their positions.
+Any drafter with any verifier, which each request may choose for itself. All requests of a step share one pass: prompts
+in chunks, plain decodes, drafts of different lengths. Rejected positions hold stale KV that the next step overwrites;
+nothing is rolled back. With `a` of `k` drafted tokens accepted, a round commits a + 1 tokens and makes the KV of the
+first a of them final (Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", 2023). The nodes
+of a draft tree lie in consecutive slots, siblings too; those on the accepted path are moved to the places of their
+positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from engine.errors import ConfigError
+from engine.pipelines.choices import Menu, ThinkingSpan
 from engine.pipelines.coins import RequestSampler
-from engine.pipelines.rounds import Referee, Round, commit
+from engine.pipelines.referee import Referee, choice_of
+from engine.pipelines.rounds import Round, commit
 from engine.pipelines.shaping import Shape, Shaper
 from engine.pipelines.states import Share, StateTable, first_rows, prompt_scores
 from engine.pipelines.trees import moves
 from engine.protocols import DraftAsk, Drafter, ForwardRunner, Verifier
-from engine.runtime.batch import AttentionMode
+from engine.runtime.batch import AttentionMode, SeqInput
 from engine.types import DecodeTraits, StepOutput, StepPlan
 
 
@@ -31,26 +33,25 @@ class SpeculativePipeline:
         self,
         runner: ForwardRunner,
         drafter: Drafter,
-        verifier: Verifier,
+        verifiers: Sequence[Verifier],
         max_draft: int,
         *,
+        knobs: Mapping[str, float] | None = None,
         tree: int = 0,
         sample: bool = False,
     ) -> None:
-        """`tree`: most nodes of a draft tree; `sample`: draw the drafts of requests with a temperature.
+        """Requests may name any of the `verifiers`, told apart by the names on their cards.
 
-        Raises ConfigError where the verifier can do neither.
+        The first one, with these `knobs`, is for those that name none; where one is relaxed, an exact one is needed,
+        too. `tree`: most nodes of a draft tree; `sample`: draw the drafts of requests with a temperature.
+        Raises ConfigError where the first verifier has no use for these.
         """
-        if tree and not verifier.trees:
-            raise ConfigError("models.draft.tree: the configured verifier verifies chains only")
-        if sample and not verifier.needs_laws:
-            raise ConfigError("models.draft.sample: the configured verifier compares tokens; drawn drafts only lose")
+        self._menu = Menu(verifiers, knobs or {}, sample=sample, tree=tree > 0)
         self.traits = DecodeTraits(lookahead=max(max_draft, tree), drafts=True, depth=max_draft)
         self._max_draft = max_draft
-        self._sample = sample
         self._runner = runner
         self._drafter = drafter
-        self._referee = Referee(verifier, runner.vocab_size)
+        self._referee = Referee(runner.vocab_size)
         self._shaper = Shaper(tree)
         self._states = StateTable()
 
@@ -85,9 +86,9 @@ class SpeculativePipeline:
         ]
         scored = [row + offset for row, share in zip(first, shares, strict=True) for offset in share.scored]
         mode = AttentionMode.TREE if trees else AttentionMode.CAUSAL
-        logits = self._runner.forward(inputs, [*rows, *scored], mode)[:, : self._runner.vocab_size]
+        logits, states = self._forward(drawing, inputs, [*rows, *scored], mode)
         prompts = prompt_scores(shares, logits[len(rows) :])
-        rounds = self._decide(drawing, shape, logits[: len(rows)])
+        rounds = self._decide(drawing, shape, logits[: len(rows)], None if states is None else states[: len(rows)])
         if trees:
             self._compact(drawing, rounds, logits.device)
         output = StepOutput(plan.step, (*commit(shares, rounds, prompts), *void))
@@ -100,7 +101,10 @@ class SpeculativePipeline:
             self._drafter.drop(request_id)
         self._states.enter(plan)
         for admission in plan.admitted:
-            request = admission.request
+            request, state = admission.request, self._states[admission.request.id]
+            temperature = 0.0 if state.sampling.greedy else request.sampling.temperature
+            state.choice = choice = self._menu.choose(request.speculation, temperature)
+            state.span = None if choice.thinking is None else ThinkingSpan(choice.thinking, state.tokens)
             self._drafter.admit(request.id, [*request.prompt_ids, *admission.output_ids])
 
     def _draft(self, shares: Sequence[Share], drawing: Sequence[Share]) -> Shape | None:
@@ -108,23 +112,33 @@ class SpeculativePipeline:
         if not any(share.item.lookahead for share in drawing):
             return None
         asks = [self._ask(share) for share in drawing]
-        sampler = None
-        if self._sample and not all(share.state.sampling.greedy for share in drawing):
-            sampler = RequestSampler([share.state.sampling for share in drawing])
+        drawn = [ask.limit > 0 and choice_of(share).drawn for ask, share in zip(asks, drawing, strict=True)]
+        sampler = RequestSampler([share.state.sampling for share in drawing], drawn) if any(drawn) else None
         proposal = self._drafter.propose(asks, sampler, self._shaper.width(shares))
         shape = self._shaper.shape(drawing, sum(len(share.ids) for share in shares), proposal)
         return shape if any(shape.proposal.lengths) else None
 
     def _ask(self, share: Share) -> DraftAsk:
         item = share.item
-        limit = min(item.lookahead, self._max_draft)
-        return DraftAsk(item.request_id, limit, share.end - 1, len(share.ids), item.block_ids)
+        limit, temperature = min(item.lookahead, self._max_draft), choice_of(share).temperature
+        return DraftAsk(item.request_id, limit, share.end - 1, len(share.ids), item.block_ids, temperature)
 
-    def _decide(self, drawing: Sequence[Share], shape: Shape | None, logits: torch.Tensor) -> list[Round]:
+    def _forward(
+        self, drawing: Sequence[Share], inputs: Sequence[SeqInput], rows: Sequence[int], mode: AttentionMode
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of the rows, and what the output head read there if a verifier of this step's drafts needs it."""
+        if any(share.drafts and choice_of(share).verifier.needs_states for share in drawing):
+            logits, states = self._runner.forward_with_states(inputs, rows, mode)
+            return logits[:, : self._runner.vocab_size], states
+        return self._runner.forward(inputs, rows, mode)[:, : self._runner.vocab_size], None
+
+    def _decide(
+        self, drawing: Sequence[Share], shape: Shape | None, logits: torch.Tensor, states: torch.Tensor | None
+    ) -> list[Round]:
         """What each request that draws commits."""
         if shape is None:
             return self._referee.draw(drawing, logits)
-        rounds = self._referee.verify(drawing, shape.proposal, logits)
+        rounds = self._referee.verify(drawing, shape.proposal, logits, states)
         self._shaper.observe(drawing, shape, rounds)
         return rounds
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from engine.pipelines.choices import Choice, ThinkingSpan
 from engine.pipelines.trees import Tree
 from engine.runtime.batch import SeqInput
 from engine.runtime.sampler import SamplingState, prompt_logprobs
@@ -23,6 +24,8 @@ class SeqState:
     prompt_len: int
     sampling: SamplingState
     num_computed: int = 0
+    choice: Choice | None = None  # how its drafts are verified, where pipelines draft
+    span: ThinkingSpan | None = None  # where the choice asks for it
 
     def commit(self, tokens: Sequence[int], num_computed: int) -> None:
         """`tokens` follow the committed ones, and the KV of the first `num_computed` positions is final."""
@@ -30,6 +33,8 @@ class SeqState:
         self.tokens.extend(tokens)
         for token in tokens:
             self.sampling.push(token)
+            if self.span is not None:
+                self.span.push(token)
 
 
 @dataclass(slots=True, eq=False)
@@ -71,6 +76,9 @@ class StateTable:
 
     def __len__(self) -> int:
         return len(self._states)
+
+    def __getitem__(self, request_id: str) -> SeqState:
+        return self._states[request_id]
 
     def enter(self, plan: StepPlan) -> None:
         """Forget whom the plan drops, then take in whom it admits."""

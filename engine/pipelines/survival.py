@@ -7,7 +7,7 @@ tokens per second. All of it is known before the target says anything, so it cha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from math import exp
 from typing import TYPE_CHECKING
 
@@ -79,7 +79,7 @@ class Curve:
 
 
 class SurvivalEstimator:
-    """Chances of drafted tokens by their margins and positions. Shared by all requests of a pipeline."""
+    """Chances of drafted tokens by their margins and positions. Shared by all requests whose drafts are of a kind."""
 
     def __init__(self) -> None:
         self._curves = [Curve() for _ in range(DEPTHS)]
@@ -107,6 +107,44 @@ class SurvivalEstimator:
 
     def _curve(self, step: int) -> Curve:
         return self._curves[min(step, DEPTHS - 1)]
+
+
+class SurvivalByKind:
+    """An estimator for each kind of draft: what a relaxed verifier lets stand says little of what a strict one will.
+
+    A new kind starts from nothing. `kinds[i]` is that of draft i; there are only so many of them.
+    """
+
+    def __init__(self) -> None:
+        self._estimators: dict[Hashable, SurvivalEstimator] = {}
+
+    def chances(self, kinds: Sequence[Hashable], margins: torch.Tensor, lengths: Sequence[int]) -> list[list[float]]:
+        """See `SurvivalEstimator`."""
+        found: list[list[float]] = [[]] * len(lengths)
+        for kind, rows in _rows_of(kinds):
+            part = margins if len(rows) == len(lengths) else margins[rows]
+            table = self._estimator(kind).chances(part, [lengths[row] for row in rows])
+            for row, line in zip(rows, table, strict=True):
+                found[row] = line
+        return found
+
+    def observe(
+        self, kinds: Sequence[Hashable], margins: torch.Tensor, lengths: Sequence[int], accepted: Sequence[int]
+    ) -> None:
+        """See `SurvivalEstimator`."""
+        for kind, rows in _rows_of(kinds):
+            part = margins if len(rows) == len(lengths) else margins[rows]
+            self._estimator(kind).observe(part, [lengths[row] for row in rows], [accepted[row] for row in rows])
+
+    def _estimator(self, kind: Hashable) -> SurvivalEstimator:
+        return self._estimators.setdefault(kind, SurvivalEstimator())
+
+
+def _rows_of(kinds: Sequence[Hashable]) -> Iterable[tuple[Hashable, list[int]]]:
+    found: dict[Hashable, list[int]] = {}
+    for row, kind in enumerate(kinds):
+        found.setdefault(kind, []).append(row)
+    return found.items()
 
 
 def foreseen(chances: Sequence[float], length: int, accepted: int) -> tuple[float, float]:
@@ -164,23 +202,22 @@ class LengthChoice:
             lengths[i] += 1
         return lengths
 
-    def choose_in_turn(self, chances: Sequence[Sequence[float]], fed: int) -> list[int]:
-        """As `choose`, but no token's fate depends on the margins behind it.
+    def choose_in_turn(self, chances: Sequence[Sequence[float]], fed: int, drawn: Collection[int]) -> list[int]:
+        """As `choose`, but in the drafts `drawn` no token's fate depends on the margins behind it.
 
         For drafts that are drawn one token after another: there a later margin tells of the tokens drawn before it,
         and a choice that knew it would bend the law of what is accepted. The bar is that of the steps before.
         """
         bar = self._bar * (0.5 if self._turn % CURIOSITY == 0 else 1.0)
-        self.choose(chances, fed)
-        lengths = []
-        for row in chances:
+        lengths = self.choose(chances, fed)
+        for i in drawn:
             reach, length = 1.0, 0
-            for chance in row:
+            for chance in chances[i]:
                 reach *= chance
                 if reach < bar:
                     break
                 length += 1
-            lengths.append(length)
+            lengths[i] = length
         return lengths
 
     def _prefix(self, reaches: list[float], drawing: int, drafted: int, fed: int) -> int:

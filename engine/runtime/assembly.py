@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from engine.config import ModelConfig
-from engine.protocols import Drafter, Follower, ForwardRunner, Pipeline, Verifier
+from engine.protocols import Drafter, Follower, ForwardRunner, Pipeline, Verifier, VerifierHead
 from engine.registry import DRAFTERS, PIPELINES, VERIFIERS, resolve
+from engine.speculation import settle_server
+
+HEADED = ("diversed",)  # verifiers that are built over a trained head
 
 
 def build_drafter(config: ModelConfig, draft: Follower | None = None) -> Drafter | None:
@@ -21,18 +24,46 @@ def build_drafter(config: ModelConfig, draft: Follower | None = None) -> Drafter
     return made() if draft is None else made(draft)
 
 
-def build_pipeline(
-    config: ModelConfig, runner: ForwardRunner, draft: Follower | None = None, drafter: Drafter | None = None
-) -> Pipeline:
-    """The configured pipeline, with this drafter or one that is built over `draft`.
+def build_verifiers(config: ModelConfig, drafter: Drafter, head: VerifierHead | None = None) -> list[Verifier]:
+    """All verifiers that work with this drafter, and with the head if there is one; the configured one comes first.
 
-    Raises ConfigError for a name that no table knows, and for drafts that the verifier can't take.
+    Raises ConfigError where that is not among them, or not with the configured knobs.
+    """
+    resolve(VERIFIERS, config.verifier.name, "verifier (models.verifier.name)")
+    made = []
+    for name in VERIFIERS:
+        kind = cast(Callable[..., Verifier], resolve(VERIFIERS, name, "verifier"))
+        if name not in HEADED:
+            made.append(kind())
+        elif head is not None:
+            made.append(kind(head))
+    offered = [verifier for verifier in made if drafter.scores or not verifier.needs_marginal]
+    settle_server(config.verifier, [verifier.card for verifier in offered])
+    return sorted(offered, key=lambda verifier: verifier.card.name != config.verifier.name)
+
+
+def build_pipeline(
+    config: ModelConfig,
+    runner: ForwardRunner,
+    draft: Follower | None = None,
+    drafter: Drafter | None = None,
+    verifiers: Sequence[Verifier] | None = None,
+) -> Pipeline:
+    """The configured pipeline, with this drafter, or one that is built over `draft`, and with these verifiers.
+
+    Raises ConfigError for a name that no table knows, and for drafts that the configured verifier can't take.
     """
     kind = resolve(PIPELINES, config.pipeline, "pipeline")
     drafter = drafter or build_drafter(config, draft)
     if config.draft is None or drafter is None:
         return cast(Callable[[ForwardRunner], Pipeline], kind)(runner)
-    verifier = cast(Callable[[], Verifier], resolve(VERIFIERS, config.verifier.name, "verifier"))()
     speculative = cast(Callable[..., Pipeline], kind)
-    most = config.draft.max_draft or drafter.most
-    return speculative(runner, drafter, verifier, most, tree=config.draft.tree, sample=config.draft.sample)
+    return speculative(
+        runner,
+        drafter,
+        verifiers or build_verifiers(config, drafter),
+        config.draft.max_draft or drafter.most,
+        knobs=config.verifier.knobs,
+        tree=config.draft.tree,
+        sample=config.draft.sample,
+    )

@@ -1,4 +1,4 @@
-"""Draft networks beside a target: found by name, loaded for it, bound to a pool that shares its block ids."""
+"""What drafts bring along: their networks, found, loaded and bound to a pool that shares its block ids; verifiers."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from engine.config import DraftConfig, EngineConfig
+from engine.config import DraftConfig, EngineConfig, ModelConfig
 from engine.errors import ConfigError
 from engine.hub.resolve import resolve as find
 from engine.models.draft_host import DraftHost, LoadedDraft, embedding_of, head_of
-from engine.protocols import Follower
+from engine.models.verifier_head import PairPart, load_head
+from engine.protocols import Drafter, Follower, Verifier, VerifierHead
 from engine.registry import DRAFT_MODELS, DRAFTERS, resolve
+from engine.runtime.assembly import build_verifiers
+from engine.runtime.batch import SeqInput
 from engine.runtime.loading import LoadedModel, OnPhase, phase
+from engine.runtime.runner import ModelRunner
 from engine.runtime.weights import pack_linears, weight_bytes
 
 
@@ -67,6 +71,38 @@ def bind_draft(draft: LoadedDraft, config: EngineConfig, num_blocks: int) -> Fol
     """The draft over a pool for a target with `num_blocks` blocks."""
     total = num_blocks + scratch_blocks(config, draft)
     return draft.bind(total, config.kv.block_size, range(num_blocks, total))
+
+
+def offer_verifiers(
+    config: ModelConfig,
+    folder: Path,
+    runner: ModelRunner,
+    draft: LoadedDraft | None,
+    drafter: Drafter | None,
+    on_phase: OnPhase,
+) -> list[Verifier]:
+    """All verifiers that requests to the target of `folder` may choose from, the configured one first; none undrafted.
+
+    Must come before the first request. Raises ConfigError and ModelLoadError.
+    """
+    if drafter is None:
+        return []
+    head = _verifier_head(config, folder, runner, draft, on_phase) if config.verifier.head else None
+    return build_verifiers(config, drafter, head)
+
+
+def _verifier_head(
+    config: ModelConfig, folder: Path, runner: ModelRunner, draft: LoadedDraft | None, on_phase: OnPhase
+) -> VerifierHead:
+    """The configured trained head, for this very pair of networks."""
+    if draft is None or config.draft is None:
+        raise ConfigError("models.verifier.head: a head reads hidden states of a draft network, and here is none")
+    with phase("verifier head", on_phase) as note:
+        _, states = runner.forward_with_states([SeqInput([0], 0, (0,), 1)], [0])  # can they be had, and how wide?
+        pair = PairPart(folder, states.shape[-1]), PairPart(_folder(config.draft.path), draft.width)
+        head = load_head(_folder(config.verifier.head), *pair, runner.adapter.device)
+        note.append(config.verifier.head)
+    return head
 
 
 def _folder(path: str) -> Path:

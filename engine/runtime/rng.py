@@ -29,7 +29,7 @@ _WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 _ROUNDS = 10
 _LOW = 0xFFFFFFFF
 _FRACTION = (1 << 52) - 1
-_POSITION = 2  # where Draw holds it
+_POSITION, _STEP = 2, 4  # where Draw holds them
 _WORD = 1 << 64
 _COUNTER = 1 << 256
 _ROWS_AT_ONCE = 8  # so that the many passes over a row find it in the processor's cache
@@ -80,12 +80,12 @@ def gumbel_at(draws: Sequence[Draw], rows: Tensor, lanes: Tensor) -> Tensor:
 
 
 def uniform_rows(draws: Sequence[Draw], n: int, device: torch.device | str) -> Tensor:
-    """Uniform numbers in (0, 1), [rows, n] float64: entry j of row i belongs to draws[i] moved on by j positions.
+    """Uniform numbers in (0, 1), [rows, n] float64: entry j of row i is draws[i] moved on by j positions and j steps.
 
     They are the odd multiples of 2^-53, made of the upper 52 bits of word 0 of block 0: never 0, never 1, all exact.
     """
     fields = _fields(draws, device).unsqueeze(-1).repeat(1, 1, n)
-    fields[_POSITION] += torch.arange(n, device=device)
+    fields[[_POSITION, _STEP]] += torch.arange(n, device=device)
     word = philox(torch.zeros_like(fields[0]), fields)[0]
     return (((word >> 12) & _FRACTION) * 2 + 1).double().mul_(2.0**-53)
 

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
+from engine.errors import ModelLoadError
 from engine.models.adapter import DecoderAdapter
 from engine.models.context import PagedContext, Taps
+from engine.models.draft_host import head_of
+from engine.models.taps import head_inputs
 from engine.protocols import AttentionBackend, Follower
 from engine.runtime.batch import AttentionMode, SeqInput, pack
 from engine.runtime.kv_cache import PagedKVCache
@@ -53,6 +56,21 @@ class ModelRunner:
         logits = self.adapter.forward(batch.ids, batch.positions, wanted, context, taps)
         self._follower.write(tuple(taps.states[layer] for layer in self._follower.taps), batch)
         return logits
+
+    def forward_with_states(
+        self, inputs: Sequence[SeqInput], rows: Sequence[int], mode: AttentionMode = AttentionMode.CAUSAL
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward`, and what the output head made the logits of: [len(rows), width] in the model's dtype.
+
+        That is after the final norm. Raises ModelLoadError where the head can't be told or is not called.
+        """
+        with head_inputs(head_of(self.adapter.model)) as found:
+            logits = self.forward(inputs, rows, mode)
+        states = found[0].flatten(0, -2) if len(found) == 1 else None
+        if states is None or len(states) != len(rows):
+            kind = self.adapter.model.config.model_type
+            raise ModelLoadError(f"{kind}: what its output head reads can't be told, and a verifier's head needs it")
+        return logits, states
 
     def compact(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy slots `source` [k] to slots `target` [k], in the model's pool and in its follower's."""

@@ -61,15 +61,18 @@ class Sampler:
         tokens = tokens.masked_fill_(failed, 0)
         return Sampled(tokens, failed, _reports(raw, tokens, failed, logprobs or [None] * len(states)))
 
-    def processed_log_probs(self, logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    def processed_log_probs(self, logits: Tensor, states: Sequence[SamplingState], *, soft: bool = False) -> Tensor:
         """The law that `sample` draws from, as log-probabilities [n, vocab_size] float32.
 
-        Greedy rows are one-hot, failed rows NaN. `logits` [n, vocab_size or more] float32 are only read.
+        Greedy rows are one-hot; if `soft`, they have their law at temperature 1, after the rules and not truncated.
+        Failed rows are NaN. `logits` [n, vocab_size or more] float32 are only read.
         """
         layout = self._layout_of(states, logits.device)
         edited, largest, failed = _edited(logits[:, : self._vocab_size], layout)
         laws = torch.full(edited.shape, NEVER, device=logits.device)
-        if layout.greedy:
+        if layout.greedy and soft:
+            laws[layout.greedy.rows] = layout.greedy.take(edited).log_softmax(1)
+        elif layout.greedy:
             laws[layout.greedy.rows, first_argmax(layout.greedy.take(edited))] = 0.0
         if layout.free:
             laws[layout.free.rows] = layout.free.tempered(edited, largest).log_softmax(1)

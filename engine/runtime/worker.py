@@ -17,7 +17,7 @@ from engine.runtime.assembly import build_drafter, build_pipeline
 from engine.runtime.costs import Costs, measure_costs
 from engine.runtime.device_memory import memory_of, size_pool
 from engine.runtime.devices import device_failure, prepare_torch
-from engine.runtime.drafts import bind_draft, load_draft
+from engine.runtime.drafts import bind_draft, load_draft, offer_verifiers
 from engine.runtime.kv_cache import block_bytes
 from engine.runtime.loading import OnPhase, load_checked, phase
 from engine.types import Capacity, StepOutput, StepPlan
@@ -58,7 +58,8 @@ class LocalWorker:
             declared = loaded.context_length
             logger.warning("context cut from %d to %d tokens: that is what the KV pool holds", declared, max_len)
         drafter = build_drafter(config.model, follower)
-        self._pipeline = build_pipeline(config.model, runner, follower, drafter)
+        verifiers = offer_verifiers(config.model, folder, runner, draft, drafter, on_phase)
+        self._pipeline = build_pipeline(config.model, runner, follower, drafter, verifiers)
         traits = self._pipeline.traits
         costs = Costs()
         if drafter is not None and config.model.draft is not None and config.model.draft.adaptive:
@@ -67,7 +68,15 @@ class LocalWorker:
                 cast(PricedPipeline, self._pipeline).set_costs(costs.steps, costs.drafts, costs.trees)
                 note.append(str(costs))
         self._capacity = Capacity(
-            blocks, config.kv.block_size, max_len, runner.vocab_size, traits, costs.steps, loaded.numerics, costs.drafts
+            num_blocks=blocks,
+            block_size=config.kv.block_size,
+            max_model_len=max_len,
+            vocab_size=runner.vocab_size,
+            traits=traits,
+            step_costs=costs.steps,
+            numerics=loaded.numerics,
+            draft_costs=costs.drafts,
+            verifiers=tuple(verifier.card for verifier in verifiers),
         )
 
     def capacity(self) -> Capacity:

@@ -9,9 +9,10 @@ changes a token, only when it comes.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from dataclasses import replace
 
 from engine.scheduling.passes import Candidate, PassControl
-from engine.types import Capacity, CostTable, ScheduledSeq, SeqResult, Sequence, StepOutput, Survival
+from engine.types import Capacity, CostTable, ScheduledSeq, SeqResult, Sequence, StepOutput, Survival, VerifierStats
 
 START = (1.5, 1.0)  # tokens that stood, rounds cut short: what is believed of a sequence before its first round
 FADE = 0.85  # weight that a round keeps in the next one's estimate
@@ -29,6 +30,9 @@ class DraftControl:
         passes = CostTable(capacity.draft_costs)
         paid = capacity.traits.drafts and self._costs and passes and passes.seconds(1) > PASS * self._costs.seconds(1)
         self._passes = PassControl(self._costs, passes, self._traits.max_draft) if paid else None
+        # A request that was not checked, as in tests, has the server's own verifier: the first one.
+        self._verifier = capacity.verifiers[0].name if capacity.verifiers else ""
+        self._by_verifier: dict[str, VerifierStats] = {}
         self.rounds = 0
         self.drafted = 0
         self.accepted = 0
@@ -103,6 +107,19 @@ class DraftControl:
         self.accepted += result.accepted
         for position in range(result.accepted):
             self.accepted_at[position] += 1
+        name = seq.request.speculation.verifier or self._verifier
+        known = self._by_verifier.get(name, VerifierStats(name))
+        self._by_verifier[name] = replace(
+            known,
+            rounds=known.rounds + 1,
+            drafted=known.drafted + result.drafted,
+            accepted=known.accepted + result.accepted,
+            tokens=known.tokens + len(result.new_tokens),
+            bias=known.bias + sum(result.bias),
+        )
+
+    def by_verifier(self) -> tuple[VerifierStats, ...]:
+        return tuple(self._by_verifier.values())
 
     def _learn(self, survival: Survival, item: ScheduledSeq, result: SeqResult) -> None:
         stood, fell = result.foreseen

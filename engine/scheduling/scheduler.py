@@ -142,6 +142,7 @@ class Scheduler:
             spec_drafted=drafting.drafted,
             spec_accepted=drafting.accepted,
             spec_accepted_at=tuple(drafting.accepted_at),
+            verifiers=drafting.by_verifier(),
         )
 
     def check_integrity(self) -> None:
@@ -194,6 +195,7 @@ class Scheduler:
             result.drafted,
             result.accepted,
             result.leaf,
+            result.bias[: end.kept],
         )
 
     def _fail(self, seq: Sequence, error: str) -> SeqUpdate:

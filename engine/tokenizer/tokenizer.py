@@ -21,6 +21,16 @@ from engine.tokenizer.pieces import PieceKind, Pieces
 
 logger = logging.getLogger(__name__)
 
+# How models mark the beginning and the end of their thinking, where each mark is one added token.
+THINKING = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("◁think▷", "◁/think▷"),
+)
+
 
 class Tokenizer:
     """A model's tokenizer and chat template. Nothing changes after loading: use it from any number of threads."""
@@ -42,6 +52,10 @@ class Tokenizer:
         self._template = template
         added = backend.get_added_tokens_decoder()
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        named = {token.content: token_id for token_id, token in added.items()}
+        pairs = ((named.get(begin), named.get(end)) for begin, end in THINKING)
+        # The tokens around a thinking span; None where the model has none.
+        self.thinking = next(((begin, end) for begin, end in pairs if begin is not None and end is not None), None)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:

@@ -10,13 +10,16 @@ from __future__ import annotations
 import torch
 
 from engine.protocols import DraftProposal, TargetRows, Verdict
+from engine.verification import VerifierCard
 
 
 class StrictVerifier:
     """See `protocols.Verifier`."""
 
-    lossless = True
-    needs_laws = False
+    card = VerifierCard(
+        "strict", True, "the target draws its own token at every row; a draft stands while it equals it", exact=True
+    )
+    needs_laws = needs_marginal = needs_states = False
     trees = True
 
     def verify(self, proposal: DraftProposal, target: TargetRows) -> Verdict:

@@ -49,7 +49,7 @@ class Helped:
 
     def __init__(self, drafter: Drafter) -> None:
         self._drafter = drafter
-        self.most = drafter.most
+        self.most, self.scores = drafter.most, drafter.scores
         self.admit, self.commit, self.drop = drafter.admit, drafter.commit, drafter.drop
 
     def propose(self, asks: Sequence[DraftAsk], sampler: DraftSampler | None = None, width: int = 0) -> DraftProposal:

@@ -17,6 +17,7 @@ class OracleDrafter:
     """See `protocols.Drafter`."""
 
     most = 8
+    scores = False
 
     def __init__(self) -> None:
         self._lengths: dict[str, int] = {}

@@ -12,7 +12,7 @@ import torch
 
 from engine.config import DraftConfig
 from engine.pipelines.speculative import SpeculativePipeline
-from engine.pipelines.survival import SurvivalEstimator
+from engine.pipelines.survival import SurvivalByKind
 from engine.runtime.costs import COSTED, DRAFTED, Costs, measure_draft_costs
 from engine.runtime.worker import LocalWorker
 from engine.types import Request
@@ -67,7 +67,7 @@ def crowd(size: int, tokens: int = 24) -> list[Request]:
 def priced(worker: LocalWorker, costs: Costs, **options: Any) -> Ladder:
     """Both halves of the control by the same table, with nothing learned yet."""
     pipeline = cast(SpeculativePipeline, worker._pipeline)
-    pipeline._shaper._survival = SurvivalEstimator()
+    pipeline._shaper._survival = SurvivalByKind()
     pipeline.set_costs(costs.steps, costs.drafts, costs.trees)
     return Ladder(worker, costs=costs, **options)
 

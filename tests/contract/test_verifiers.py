@@ -1,14 +1,15 @@
-"""What every verifier of the registry must keep: the target's law, and for greedy requests its very tokens.
+"""What every verifier of the registry must keep: those without loss the target's law and greedy tokens, and all of them
+their requests' log-probabilities, stops and lengths.
 
 `strict` promises more: the tokens of plain decoding under any seed. Those that weigh laws promise the same tokens
-wherever a request's rounds fall alike: alone, in a batch, in another order, and here after a preemption too.
+wherever a request's rounds fall alike: alone, in a batch, in another order, and here after a preemption too. What only
+relaxed ones must keep stands in `test_relaxed_verifiers.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import pytest
 
@@ -16,37 +17,26 @@ from engine.config import DraftConfig, VerifierConfig
 from engine.pipelines.autoregressive import AutoregressivePipeline
 from engine.pipelines.speculative import SpeculativePipeline
 from engine.protocols import Verifier
-from engine.registry import DRAFTERS, VERIFIERS, resolve
+from engine.registry import DRAFTERS, VERIFIERS
 from engine.types import FinishReason, Request
 from tests.contract import oracle
 from tests.contract.ladder import Ladder, assert_same, load_worker
 from tests.contract.test_ladder import alone, workload
 from tests.laws import REFUSED, p_value
-from tests.sequences import (
-    Answer,
-    SegmentDrafter,
-    SegmentRunner,
-    Segments,
-    context,
-    decode,
-    requests,
-    segment_counts,
-    serve,
-)
+from tests.relaxed import KNOBS, NEUTRAL, SEGMENTS, made, served_by
+from tests.sequences import Answer, SegmentRunner, context, decode, requests, segment_counts, serve
 from tests.tiny import save_tiny
 
-SEGMENTS = Segments(1)
+LOSSLESS = [name for name in VERIFIERS if made(name).card.lossless]
 
 
 @pytest.fixture(params=VERIFIERS)
 def verifier(request: pytest.FixtureRequest) -> Verifier:
-    return cast(type[Verifier], resolve(VERIFIERS, request.param, "verifier"))()
+    return made(request.param)
 
 
 def speculative(verifier: Verifier, kind: str = "chain") -> SpeculativePipeline:
-    """Drafts are drawn where the verifier weighs laws, and chosen where it does not."""
-    drafter = SegmentDrafter(SEGMENTS, kind)
-    return SpeculativePipeline(SegmentRunner(SEGMENTS), drafter, verifier, drafter.most, sample=verifier.needs_laws)
+    return served_by(verifier, kind, KNOBS.get(verifier.card.name))
 
 
 def plain(asked: list[Request]) -> dict[str, Answer]:
@@ -57,15 +47,18 @@ def tokens(answers: dict[str, Answer]) -> dict[str, list[int]]:
     return {name: answer.tokens for name, answer in answers.items()}
 
 
-def test_lossless_verifiers_keep_the_law_of_sequences(verifier: Verifier) -> None:
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_lossless_verifiers_keep_the_law_of_sequences(name: str) -> None:
     """900 segments of 4 out of 3 tokens, all 81 kinds counted, with rounds of changing lengths."""
-    assert verifier.lossless
-    outputs, _ = decode(speculative(verifier), requests(150), lookahead=(3, 2, 0, 1, 3))
+    outputs, results = decode(speculative(made(name)), requests(150), lookahead=(3, 2, 0, 1, 3))
+    assert not any(result.bias for result in results)
     counts = segment_counts(outputs)
     assert sum(counts) == 900 and p_value(counts, SEGMENTS.law()) > REFUSED
 
 
-def test_greedy_answers_are_those_of_plain_decoding(verifier: Verifier) -> None:
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_greedy_answers_are_those_of_plain_decoding(name: str) -> None:
+    verifier = made(name)
     asked = requests(6, temperature=0.0)
     mixed = asked[:3] + [replace(one, id=f"s{one.id}") for one in requests(3, temperature=1.0)]
     want = plain(asked)
@@ -79,7 +72,7 @@ def test_seeded_answers_do_not_hang_on_the_company(verifier: Verifier) -> None:
     asked = [replace(one, id=f"{one.id}{i}") for i in range(2) for one in requests(6, temperature=0.9 - 0.3 * i)]
     by_itself = {one.id: serve(speculative(verifier), [one])[one.id].tokens for one in asked}
     assert len({tuple(answer) for answer in by_itself.values()}) > 8
-    if not verifier.needs_laws:
+    if verifier.card.exact:
         assert by_itself == tokens(plain(asked))
         assert by_itself == tokens(serve(speculative(verifier), asked, lag=1))  # shorter drafts near the end
     assert tokens(serve(speculative(verifier), asked)) == by_itself
@@ -104,7 +97,7 @@ def test_reported_log_probabilities_are_the_targets(verifier: Verifier) -> None:
             text[result.request_id].append(token)
         kinds["accepted"] += result.accepted
         kinds["corrected" if result.accepted < result.drafted else "bonus"] += 1
-    assert min(kinds.values()) > 10
+    assert min(kinds.values()) > 5
     assert all(text[name][4:] == tokens for name, tokens in outputs.items())
 
 
@@ -130,9 +123,9 @@ def test_answers_are_as_long_as_they_may_be(verifier: Verifier) -> None:
         assert len(answer.tokens) == most and answer.finish is FinishReason.LENGTH
 
 
-def test_a_real_model_answers_greedily_as_without_drafts(verifier: Verifier, tmp_path: Path) -> None:
-    """A worker with the verifier of this name in its configuration, and drafts that are mostly right."""
-    name = next(name for name, path in VERIFIERS.items() if path.endswith(type(verifier).__name__))
+@pytest.mark.parametrize("name", ["strict", "rejection", "lenient"])
+def test_a_real_model_answers_greedily_as_without_drafts(name: str, tmp_path: Path) -> None:
+    """A worker with this verifier in its configuration, the relaxed one with a neutral knob; drafts mostly right."""
     folder = save_tiny("llama", tmp_path)
     asked = workload("greedy")
     want = alone(load_worker(folder, memory="8MiB", threads=1), asked)
@@ -140,10 +133,18 @@ def test_a_real_model_answers_greedily_as_without_drafts(verifier: Verifier, tmp
     oracle.ANSWERS.update({one.id: [*one.prompt_ids, *want[one.id].tokens] for one in asked})
     DRAFTERS["oracle"] = "tests.contract.oracle:OracleDrafter"
     try:
-        options = {"draft": DraftConfig("oracle", max_draft=6, adaptive=False), "verifier": VerifierConfig(name)}
+        configured = VerifierConfig(name, NEUTRAL.get(name, {}))
+        options = {"draft": DraftConfig("oracle", max_draft=6, adaptive=False), "verifier": configured}
         worker = load_worker(folder, memory="8MiB", threads=1, **options)  # type: ignore[arg-type]
     finally:
         del DRAFTERS["oracle"]
+    # The first is the configured one, and the oracle does not say what it thinks of its tokens.
+    cards = worker.capacity().verifiers
+    offered = {other for other in VERIFIERS if not made(other).needs_marginal}
+    assert cards[0].name == name and {card.name for card in cards} == offered
     ladder = Ladder(worker)
     assert assert_same(want, ladder.run(asked)) == 0
     assert ladder.stats.spec_accepted > 60
+    (told,) = ladder.stats.verifiers
+    assert (told.name, told.drafted, told.accepted) == (name, ladder.stats.spec_drafted, ladder.stats.spec_accepted)
+    assert told.bias == 0 and told.tokens == told.accepted + told.rounds

@@ -82,6 +82,32 @@ def test_the_numbers_are_those_of_the_position_and_the_place() -> None:
         assert drawn[row] == (weights[row] + noise).argmax()
 
 
+def test_only_those_that_wish_it_are_drawn_for() -> None:
+    """The others have the likeliest token, greedy or not; and the draws of a request do not hang on who else draws."""
+    logits = some_logits(len(ASKED))
+    rows, steps = range(len(ASKED)), (0,) * len(ASKED)
+    drawn = [index in (2, 4) for index in rows]
+    sampler = RequestSampler(asking(), drawn)
+    assert [sampler.draws(index) for index in rows] == drawn
+    assert [RequestSampler(asking()).draws(index) for index in rows] == [index != 1 for index in rows]
+    (tokens, laws), (all_tokens, all_laws) = (
+        sampler.draw(logits, rows, steps),
+        RequestSampler(asking()).draw(logits, rows, steps),
+    )
+    for row in rows:
+        if drawn[row]:
+            assert tokens[row] == all_tokens[row] and torch.equal(laws[row], all_laws[row])
+        else:
+            assert tokens[row] == logits[row].argmax() and torch.equal(laws[row], torch.eye(VOCAB)[tokens[row]])
+
+
+def test_no_two_rounds_share_a_coin() -> None:
+    """The same position in another place of a draft: block verification has looked at the coins behind a rejection."""
+    early, late = one_state(prompt=(1,), seed=3), one_state(prompt=(1, 2), seed=3)
+    first, second = (Coins([state], 8, CPU).uniforms()[0] for state in (early, late))
+    assert not set(first.tolist()) & set(second.tolist())
+
+
 def test_later_rounds_draft_a_position_from_other_numbers() -> None:
     """What was discarded may have shaped the next draft by the margins behind it."""
     early, late = one_state(prompt=(1,), seed=3), one_state(prompt=(1, 2), seed=3)

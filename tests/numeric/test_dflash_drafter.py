@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 
 from engine.drafters.dflash import DFlashDrafter, best_two
-from engine.protocols import Delta, Dense, DraftAsk
+from engine.protocols import Delta, Dense, DraftAsk, Scalar
 
 DRAFT_VOCAB, VOCAB, MOST, WIDTH = 70, 100, 4, 3
 
@@ -50,9 +50,13 @@ class FakeModel:
 
 @dataclass
 class SecondBest:
-    """A sampler that takes the second best token of each row, and says so."""
+    """A sampler that takes the second best token of each row, and says so; for some of the asks."""
 
+    wanted: frozenset[int] = frozenset(range(4))
     calls: list[tuple[list[int], list[int]]] = field(default_factory=list)
+
+    def draws(self, ask: int) -> bool:
+        return ask in self.wanted
 
     def draw(
         self, logits: torch.Tensor, asks: Sequence[int], steps: Sequence[int]
@@ -143,18 +147,66 @@ def test_a_confidence_head_gives_the_margins(sequential: bool) -> None:
 def test_drawn_tokens_come_with_their_laws_over_the_target_vocabulary(sequential: bool) -> None:
     model, sampler = FakeModel(sequential=sequential), SecondBest()
     proposal = drafter_of(model, "a", "b", "c", "d").propose(ASKS, sampler)
-    assert isinstance(proposal.law, Dense) and proposal.law.probs.shape == (4, MOST, VOCAB)
+    assert isinstance(proposal.law, Dense) and proposal.law.probs.shape == (2, MOST, VOCAB)
+    assert proposal.law.rows == (0, 3)
     drawn = [pair for asks, steps in sampler.calls for pair in zip(asks, steps, strict=True)]
     assert sorted(drawn) == [(ask, step) for ask in (0, 3) for step in range(MOST)]
-    for row, length in enumerate(proposal.lengths):
-        for step in range(length):
-            law = proposal.law.probs[row, step]
+    for place, row in enumerate(proposal.law.rows):
+        for step in range(proposal.lengths[row]):
+            law = proposal.law.probs[place, step]
             assert float(law.sum()) == pytest.approx(1, abs=1e-5) and bool((law[:20] == 0).all())
             assert int(law.topk(2).indices[1]) == proposal.tokens[row, step]
     if sequential:  # the second token was drawn from what the first one, as drawn, made of its logits
         logits, hidden = model.blocks([0], ASKS[3:])
         scores = logits[0, 1] + model.added(proposal.tokens[3, :1])[0] + hidden[0, 1, 0]
-        torch.testing.assert_close(proposal.law.probs[3, 1, 20:90], scores.softmax(-1))
+        torch.testing.assert_close(proposal.law.probs[1, 1, 20:90], scores.softmax(-1))
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_only_those_that_draw_are_drawn_for(sequential: bool) -> None:
+    """The others have the very tokens of a call without a sampler, and no laws are made for them."""
+    model, sampler = FakeModel(sequential=sequential), SecondBest(frozenset((3,)))
+    drafter = drafter_of(model, "a", "b", "c", "d")
+    proposal, chosen, drawn = (drafter.propose(ASKS, each) for each in (sampler, None, SecondBest()))
+    assert {ask for asks, _ in sampler.calls for ask in asks} == {3}
+    assert proposal.tokens[0].tolist() == chosen.tokens[0].tolist() != drawn.tokens[0].tolist()
+    assert proposal.tokens[3].tolist() == drawn.tokens[3].tolist()
+    assert isinstance(proposal.law, Dense) and isinstance(drawn.law, Dense) and proposal.law.rows == (3,)
+    assert torch.equal(proposal.law.probs, drawn.law.probs[1:])
+    assert isinstance(drafter.propose(ASKS, SecondBest(frozenset())).law, Delta)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_marginals_are_those_of_the_refined_logits_at_the_asked_temperature(sequential: bool) -> None:
+    model = FakeModel(sequential=sequential)
+    drafter = drafter_of(model, "a", "b", "c", "d")
+    assert drafter.scores
+    for temperatures in ((0.0, 2.0), (0.5, 0.0), (1.0, 0.7)):
+        asks = [replace(ask, temperature=t) for ask, t in zip((ASKS[0], ASKS[3]), temperatures, strict=True)]
+        proposal = drafter.propose([ASKS[1], *asks])
+        assert isinstance(proposal.marginal, Scalar) and proposal.marginal.probs.dtype == torch.float32
+        assert not proposal.marginal.probs[0].any()
+        logits, hidden = model.blocks([0, 0], asks)
+        for row, (anchor, temperature) in enumerate(zip((50, 53), temperatures, strict=True)):
+            for step in range(min(asks[row].limit, MOST)):
+                scores, token = logits[row, step], int(proposal.tokens[row + 1, step])
+                if sequential:
+                    before = anchor if step == 0 else int(proposal.tokens[row + 1, step - 1])
+                    scores = scores + model.added(torch.tensor([before]))[0] + hidden[row, step, 0]
+                want = float((scores / temperature).softmax(0)[token - 20]) if temperature else 0.0
+                assert float(proposal.marginal.probs[row + 1, step]) == pytest.approx(want, abs=1e-6)
+
+
+def test_a_marginal_that_is_no_number_is_0() -> None:
+    class Broken(FakeModel):
+        def blocks(self, anchors: Sequence[int], asks: Sequence[DraftAsk]) -> tuple[torch.Tensor, torch.Tensor]:
+            logits, hidden = super().blocks(anchors, asks)
+            logits[0, 1, 7] = float("nan")
+            return logits, hidden
+
+    proposal = drafter_of(Broken(), "d").propose([replace(ASKS[3], temperature=1.0)])
+    assert isinstance(proposal.marginal, Scalar)
+    assert (proposal.marginal.probs[0] > 0).tolist() == [True, False, True, True]
 
 
 def test_options_are_the_best_tokens_of_each_position() -> None:

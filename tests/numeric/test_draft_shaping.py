@@ -153,10 +153,12 @@ def test_a_tree_teaches_of_its_spine() -> None:
     class Seen:
         found: list[tuple[list[int], list[int]]] = field(default_factory=list)
 
-        def chances(self, margins: torch.Tensor, lengths: Sequence[int]) -> list[list[float]]:
+        def chances(self, kinds: Sequence[object], margins: torch.Tensor, lengths: Sequence[int]) -> list[list[float]]:
             return [[0.5] * length for length in lengths]
 
-        def observe(self, margins: torch.Tensor, lengths: list[int], accepted: list[int]) -> None:
+        def observe(
+            self, kinds: Sequence[object], margins: torch.Tensor, lengths: list[int], accepted: list[int]
+        ) -> None:
             self.found.append((lengths, accepted))
 
     shaper, seen = Shaper(tree=4), Seen()
@@ -195,6 +197,7 @@ class OpenDrafter:
     runner: ScriptedRunner
     rng: random.Random
     most: int = 4
+    scores: bool = False
     tokens: dict[str, list[int]] = field(default_factory=dict)
     drawn: int = 0
 
@@ -250,7 +253,7 @@ def test_trees_and_cuts_give_the_tokens_and_failures_of_plain_decoding(
     for seed in range(4):
         plain = run(AutoregressivePipeline(ScriptedRunner(BROKEN)), requests(seed))
         runner = ScriptedRunner(BROKEN)
-        pipeline = SpeculativePipeline(runner, OpenDrafter(runner, random.Random(1)), StrictVerifier(), 4, tree=9)
+        pipeline = SpeculativePipeline(runner, OpenDrafter(runner, random.Random(1)), [StrictVerifier()], 4, tree=9)
         pipeline.set_costs(costs)
         assert (pipeline.traits.lookahead, pipeline.traits.max_draft) == (9, 4)
         assert run(pipeline, requests(seed), lag) == plain
@@ -267,7 +270,7 @@ def test_sampled_drafts_reach_the_verifier_with_their_laws() -> None:
         torch.manual_seed(5)
         runner = ScriptedRunner()
         drafter = OpenDrafter(runner, random.Random(1))
-        pipeline = SpeculativePipeline(runner, drafter, RejectionVerifier(), 4, sample=True)
+        pipeline = SpeculativePipeline(runner, drafter, [RejectionVerifier()], 4, sample=True)
         found.append(run(pipeline, requests(2)))
         assert drafter.drawn > 50
     plain = run(AutoregressivePipeline(ScriptedRunner()), requests(2))
@@ -280,6 +283,6 @@ def test_what_the_verifier_cannot_do_is_refused() -> None:
     runner = ScriptedRunner()
     drafter = OpenDrafter(runner, random.Random(1))
     with pytest.raises(ConfigError, match=r"draft\.tree"):
-        SpeculativePipeline(runner, drafter, RejectionVerifier(), 4, tree=8)
+        SpeculativePipeline(runner, drafter, [RejectionVerifier()], 4, tree=8)
     with pytest.raises(ConfigError, match=r"draft\.sample"):
-        SpeculativePipeline(runner, drafter, StrictVerifier(), 4, sample=True)
+        SpeculativePipeline(runner, drafter, [StrictVerifier()], 4, sample=True)

@@ -41,6 +41,10 @@ class Listener:
     def most(self) -> int:
         return self.drafter.most
 
+    @property
+    def scores(self) -> bool:
+        return self.drafter.scores
+
     def admit(self, request_id: str, tokens: Sequence[int]) -> None:
         self.tokens[request_id] = list(tokens)
         self.drafter.admit(request_id, tokens)
@@ -180,12 +184,12 @@ def test_numbers_beside_the_tokens(served: tuple[LocalWorker, Listener, PlainDra
     for name, text in texts.items():
         drafter.admit(name, text)
     asks = [
-        DraftAsk("b", 2, 15, 1, tables["b"]),
+        DraftAsk("b", 2, 15, 1, tables["b"], temperature=1.0),
         DraftAsk("b", 4, 15, 2, tables["b"]),
-        DraftAsk("a", 3, 39, 1, tables["a"]),
+        DraftAsk("a", 3, 39, 1, tables["a"], temperature=0.5),
         DraftAsk("a", 0, 39, 1, tables["a"]),
     ]
-    proposal = drafter.propose(asks, None, 5)
+    proposal = drafter.propose(asks, None, 100)  # as many options as the draft's vocabulary has tokens
     assert proposal.lengths == (2, 0, 3, 0) and proposal.tokens.shape == (4, 3)
     assert proposal.margins is not None and proposal.options is not None and proposal.hidden is not None
     for row, prompt in ((0, texts["b"]), (2, texts["a"])):
@@ -195,23 +199,33 @@ def test_numbers_beside_the_tokens(served: tuple[LocalWorker, Listener, PlainDra
         best = proposal.options.log_probs[row, :length]
         assert (best[:, :-1] >= best[:, 1:]).all()
         assert torch.allclose(best[:, 0] - best[:, 1], proposal.margins[row, :length], atol=1e-5)
-        assert torch.allclose(best[:, 0].exp(), proposal.marginal.probs[row, :length])  # type: ignore[union-attr]
+        own = (best / asks[row].temperature).softmax(-1)[:, 0]
+        assert torch.allclose(own, proposal.marginal.probs[row, :length])  # type: ignore[union-attr]
         assert proposal.hidden[row, :length].abs().sum(-1).gt(0).all()
     assert (proposal.margins[[1, 3]] == float("-inf")).all()
     sampler = LastToken()
     drawn = drafter.propose(asks, sampler)
     assert sampler.rows == [(2, 0), (0, 0), (2, 1), (0, 1), (2, 2)]  # the longest chain first, and the asks' own places
-    assert isinstance(drawn.law, Dense) and drawn.law.probs.shape == (4, 3, 259)
+    assert isinstance(drawn.law, Dense) and drawn.law.probs.shape == (2, 3, 259) and drawn.law.rows == (2, 0)
+    assert drawn.law.probs[:, :, 258].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert drawn.tokens.tolist() == [[258, 258, -1], [-1] * 3, [258] * 3, [-1] * 3]
+    mixed = drafter.propose([replace(ask, temperature=0.0) for ask in asks], LastToken((0,)))
+    assert isinstance(mixed.law, Dense) and mixed.law.probs.shape == (1, 2, 259) and mixed.law.rows == (0,)
+    assert mixed.tokens.tolist() == [[258, 258, -1], [-1] * 3, proposal.tokens[2].tolist(), [-1] * 3]
+    assert mixed.marginal is None
     for name in texts:
         drafter.drop(name)
 
 
 class LastToken:
-    """A sampler that draws the vocabulary's last token."""
+    """A sampler that draws the vocabulary's last token, for some of the asks."""
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: Sequence[int] = range(4)) -> None:
         self.rows: list[tuple[int, int]] = []
+        self._wanted = wanted
+
+    def draws(self, ask: int) -> bool:
+        return ask in self._wanted
 
     def draw(
         self, logits: torch.Tensor, asks: Sequence[int], steps: Sequence[int]

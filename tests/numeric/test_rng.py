@@ -82,12 +82,12 @@ def test_seeds_are_taken_modulo_two_to_the_64() -> None:
 
 
 @given(st.lists(DRAWS, min_size=1, max_size=4), st.integers(1, 9))
-def test_uniforms_are_made_of_the_first_word_of_their_position(draws: list[Draw], n: int) -> None:
+def test_uniforms_are_made_of_the_first_word_of_their_position_and_step(draws: list[Draw], n: int) -> None:
     got = uniform_rows(draws, n, "cpu")
     assert got.dtype == torch.float64
     for row, draw in enumerate(draws):
         for step in range(n):
-            low, high = bits_numpy([draw._replace(position=draw.position + step)], 2)[0].tolist()
+            low, high = bits_numpy([draw._replace(position=draw.position + step, step=draw.step + step)], 2)[0].tolist()
             assert got[row, step].item() == (2 * ((low | high << 32) >> 12) + 1) / 2**53
 
 

@@ -17,6 +17,8 @@ from engine.pipelines.autoregressive import AutoregressivePipeline
 from engine.pipelines.speculative import SpeculativePipeline
 from engine.protocols import Dense, DraftAsk, DraftProposal, TargetRows, Verdict, Verifier
 from engine.types import FinishReason, Request, SamplingParams, SeqResult
+from engine.verification import VerifierCard
+from engine.verifiers.block import BlockVerifier
 from engine.verifiers.rejection import RejectionVerifier
 from engine.verifiers.strict import StrictVerifier
 from tests.laws import REFUSED, p_value, rate_p_value
@@ -35,9 +37,12 @@ def n(full: bool) -> int:
     return 4000 if full else 250
 
 
-def pipeline(drafter: SegmentDrafter, sample: bool = True, trimmed: bool = False) -> SpeculativePipeline:
+def pipeline(
+    drafter: SegmentDrafter, sample: bool = True, trimmed: bool = False, verifier: Verifier | None = None
+) -> SpeculativePipeline:
     """`trimmed`: rows of the target cost so much that the pipeline itself leaves out unlikely tokens."""
-    made = SpeculativePipeline(SegmentRunner(SEGMENTS), drafter, RejectionVerifier(), drafter.most, sample=sample)
+    verifiers = [verifier or RejectionVerifier()]
+    made = SpeculativePipeline(SegmentRunner(SEGMENTS), drafter, verifiers, drafter.most, sample=sample)
     if trimmed:
         made.set_costs(((1, 1e-3), (10_000, 2.0)), ((1, 1e-3), (10_000, 0.2)))
     return made
@@ -74,6 +79,10 @@ CASES = {
 }
 
 
+# Chosen tokens are the same to both.
+RUNS = [("rejection", name) for name in CASES] + [("block", name) for name, case in CASES.items() if case.sample]
+
+
 def shaped(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """The target's probabilities, by the sampling parameters that the cases use."""
     logits = logits.clone()
@@ -84,10 +93,10 @@ def shaped(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     return (logits / params.temperature).softmax(1)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_sequences_have_the_targets_law(name: str, n: int) -> None:
-    case = CASES[name]
-    made = pipeline(SegmentDrafter(SEGMENTS, case.kind, case.cut), sample=case.sample, trimmed=case.trimmed)
+@pytest.mark.parametrize(("verifier", "name"), RUNS)
+def test_sequences_have_the_targets_law(verifier: str, name: str, n: int) -> None:
+    case, weighs = CASES[name], BlockVerifier() if verifier == "block" else RejectionVerifier()
+    made = pipeline(SegmentDrafter(SEGMENTS, case.kind, case.cut), case.sample, case.trimmed, weighs)
     outputs, results = decode(made, requests(n, **case.sampling), case.lookahead)  # type: ignore[arg-type]
     params = SamplingParams(max_tokens=1, **case.sampling)  # type: ignore[arg-type]
     counts = segment_counts(outputs)
@@ -156,13 +165,15 @@ def test_under_strict_processors_see_what_they_see_in_plain_decoding(name: str) 
         plain = run(AutoregressivePipeline(ScriptedRunner()), asked)
         runner = ScriptedRunner()
         drafter = GuessingDrafter(runner, random.Random(seed))
-        assert run(SpeculativePipeline(runner, drafter, StrictVerifier(), 5), asked) == plain
+        assert run(SpeculativePipeline(runner, drafter, [StrictVerifier()], 5), asked) == plain
 
 
 class LawChecker:
     """The verifier under it, and for each of its rows a plain loop's law of what follows all tokens before the row."""
 
-    lossless, needs_laws, trees = True, True, False
+    card = VerifierCard("checker", True, "checks laws")
+    needs_laws = True
+    needs_marginal = needs_states = trees = False
 
     def __init__(self, inner: Verifier, drafter: AskedDrafter, asked: Sequence[Request]) -> None:
         self._inner = inner
@@ -201,5 +212,5 @@ def test_laws_are_those_of_step_by_step_decoding(name: str) -> None:
     asked, runner = processed_requests(name, 1), ScriptedRunner()
     drafter = AskedDrafter(runner, random.Random(1))
     checker = LawChecker(RejectionVerifier(), drafter, asked)
-    outcomes = run(SpeculativePipeline(runner, drafter, checker, 5), asked)
+    outcomes = run(SpeculativePipeline(runner, drafter, [checker], 5), asked)
     assert checker.rows > 60 and all(finish is not FinishReason.ERROR for *_, finish in outcomes.values())

@@ -13,7 +13,8 @@ from engine.config import EngineConfig, SchedulerConfig
 from engine.core import EngineCore
 from engine.pipelines.autoregressive import AutoregressivePipeline
 from engine.pipelines.speculative import SpeculativePipeline
-from engine.protocols import DraftAsk, Drafter, DraftProposal, Pipeline, TargetRows, Verdict
+from engine.protocols import DraftAsk, Drafter, DraftProposal, Pipeline, Scalar, TargetRows, Verdict
+from engine.registry import VERIFIERS
 from engine.runtime.batch import AttentionMode, SeqInput
 from engine.types import (
     Capacity,
@@ -25,7 +26,9 @@ from engine.types import (
     StepPlan,
     TokenLogprob,
 )
+from engine.verification import VerifierCard
 from engine.verifiers.strict import StrictVerifier
+from tests.relaxed import verifiers
 
 VOCAB = 11
 
@@ -58,6 +61,12 @@ class ScriptedRunner:
         self.fed += len(cells)
         return torch.stack([self._row(*cells[row]) for row in rows]) if len(rows) else torch.empty(0, VOCAB)
 
+    def forward_with_states(
+        self, inputs: Sequence[SeqInput], rows: Sequence[int], mode: AttentionMode = AttentionMode.CAUSAL
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.forward(inputs, rows, mode)
+        return logits, logits
+
     def _row(self, position: int, token: int) -> torch.Tensor:
         if (position, token) in self.broken:
             return torch.full((VOCAB,), float("nan"))
@@ -71,6 +80,7 @@ class GuessingDrafter:
     runner: ScriptedRunner
     rng: random.Random
     most: int = 8
+    scores: bool = False
     tokens: dict[str, list[int]] = field(default_factory=dict)
 
     def admit(self, request_id: str, tokens: Sequence[int]) -> None:
@@ -160,7 +170,7 @@ def test_tokens_and_failures_are_those_of_plain_decoding(seed: int, lag: int) ->
     plain = run(AutoregressivePipeline(ScriptedRunner(broken)), requests(seed))
     runner = ScriptedRunner(broken)
     drafter: Drafter = GuessingDrafter(runner, rng)
-    got = run(SpeculativePipeline(runner, drafter, StrictVerifier(), 5), requests(seed), lag)
+    got = run(SpeculativePipeline(runner, drafter, [StrictVerifier()], 5), requests(seed), lag)
     assert got == plain
     assert any(finish is FinishReason.LENGTH for *_, finish in plain.values())
 
@@ -169,7 +179,7 @@ def test_tokens_and_failures_are_those_of_plain_decoding(seed: int, lag: int) ->
 def test_steps_without_drafts_are_plain_decoding(lag: int) -> None:
     off = [replace(request, speculation=SpeculationParams(enabled=False)) for request in requests(3)]
     runner = ScriptedRunner()
-    pipeline = SpeculativePipeline(runner, GuessingDrafter(runner, random.Random(1)), StrictVerifier(), 5)
+    pipeline = SpeculativePipeline(runner, GuessingDrafter(runner, random.Random(1)), [StrictVerifier()], 5)
     assert run(pipeline, off, lag) == run(AutoregressivePipeline(ScriptedRunner()), off)
 
 
@@ -185,15 +195,15 @@ def test_failures_are_met_inside_drafts() -> None:
 
 def _pipeline(broken: frozenset[tuple[int, int]], rng: random.Random) -> Pipeline:
     runner = ScriptedRunner(broken)
-    return SpeculativePipeline(runner, GuessingDrafter(runner, rng), StrictVerifier(), 5)
+    return SpeculativePipeline(runner, GuessingDrafter(runner, rng), [StrictVerifier()], 5)
 
 
 class LawReader:
     """A verifier that wants laws: it checks how they are laid out, then verifies strictly."""
 
-    lossless = True
+    card = VerifierCard("reader", True, "reads laws")
     needs_laws = True
-    trees = False
+    needs_marginal = needs_states = trees = False
 
     def __init__(self) -> None:
         self.rows = 0
@@ -213,6 +223,42 @@ class LawReader:
 
 def test_verifiers_that_need_them_get_the_laws_of_all_rows() -> None:
     reader, runner = LawReader(), ScriptedRunner()
-    pipeline = SpeculativePipeline(runner, GuessingDrafter(runner, random.Random(1)), reader, 5)
+    pipeline = SpeculativePipeline(runner, GuessingDrafter(runner, random.Random(1)), [reader], 5)
     assert run(pipeline, requests(1)) == run(AutoregressivePipeline(ScriptedRunner()), requests(1))
     assert reader.rows > 60
+
+
+class ScoringDrafter(GuessingDrafter):
+    """It also thinks something of its tokens, whatever: sometimes that is no number, either."""
+
+    scores = True
+
+    def propose(self, asks: Sequence[DraftAsk], sampler: object = None, width: int = 0) -> DraftProposal:
+        proposal = super().propose(asks, sampler, width)
+        thoughts = torch.rand(proposal.tokens.shape, generator=torch.Generator().manual_seed(self.rng.randrange(99)))
+        hidden = torch.where(thoughts > 0.9, float("nan"), thoughts).unsqueeze(2).expand(-1, -1, VOCAB)
+        return replace(proposal, marginal=Scalar(hidden[:, :, 0]), hidden=hidden)
+
+
+@pytest.mark.parametrize("name", VERIFIERS)
+def test_no_verifier_writes_behind_a_row_that_is_no_number(name: str) -> None:
+    """Such a row ends its request, and no other, where it is reached, whatever was drafted across it."""
+    met = 0
+    for seed in range(6):
+        rng = random.Random(seed)
+        broken = frozenset((rng.randrange(4, 30), rng.randrange(VOCAB)) for _ in range(12))
+        runner = ScriptedRunner(broken)
+        pipeline = SpeculativePipeline(runner, ScoringDrafter(runner, rng), verifiers(name), 5)
+        asked = {request.id: request for request in requests(seed)}
+        for request_id, (tokens, logprobs, finish) in run(pipeline, list(asked.values()), seed % 2).items():
+            text = [*asked[request_id].prompt_ids, *tokens]
+            fed = set(enumerate(text[:-1] if finish is FinishReason.LENGTH else text)) - set(
+                enumerate(asked[request_id].prompt_ids[:-1])
+            )
+            assert len(logprobs) == len(tokens) and all(0 <= token < VOCAB for token in tokens)
+            if finish is FinishReason.LENGTH:
+                assert not fed & broken
+            else:
+                assert finish is FinishReason.ERROR and fed & broken == {(len(text) - 1, text[-1])}
+                met += 1
+    assert met >= 3

@@ -208,6 +208,8 @@ def test_in_turn_no_token_depends_on_the_margins_behind_it() -> None:
         first, second = LengthChoice(STEPS, DRAFTS), LengthChoice(STEPS, DRAFTS)
         for choice in (first, second):
             choice.choose([[0.9, 0.8], [0.7], [0.9]], 3)  # sets the bar
-        one, other = first.choose_in_turn(chances, 3), second.choose_in_turn(changed, 3)
+        one, other = (
+            choice.choose_in_turn(rows, 3, range(3)) for choice, rows in ((first, chances), (second, changed))
+        )
         assert min(one[row], place) == min(other[row], place)
         assert [n for i, n in enumerate(one) if i != row] == [n for i, n in enumerate(other) if i != row]

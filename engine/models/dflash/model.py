@@ -134,6 +134,10 @@ class LoadedDFlash:
         return self.network.spec.most
 
     @property
+    def width(self) -> int:
+        return self.network.spec.hidden_size
+
+    @property
     def reach(self) -> int:
         return self.network.spec.block_size - 1
 

@@ -141,6 +141,10 @@ class LoadedEagle3:
         return self.network.spec.most
 
     @property
+    def width(self) -> int:
+        return self.network.spec.hidden_size
+
+    @property
     def reach(self) -> int:
         return 0  # it never writes past the slots that its requests own: nothing is drafted past their limits
 
