@@ -10,11 +10,9 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from engine.errors import EngineDead, StepFailed
-from engine.types import FinishReason, ModelInfo, SpeculationReport, TokenEvent, Usage
+from engine.types import FinishReason, ModelInfo, SpeculationParams, SpeculationReport, TokenEvent, Usage
 from server.convert import Job
-from server.speculation import speculation_fields
-
-SAME_TOKENS = ("", "strict")  # verifiers under which a seeded answer does not depend on what was drafted
+from server.speculation import speculation_fields, verifies_exactly
 
 Fields = dict[str, object]
 T = TypeVar("T")
@@ -80,10 +78,7 @@ class Meter:
 
     def speculation(self) -> Fields:
         """The field of that name; nothing where it is not told."""
-        if not self._reports:
-            return {}
-        params = self._job.requests[0].speculation
-        return {"speculation": speculation_fields(self._job.engine.info, params, self._reports)}
+        return {"speculation": speculation_fields(self._reports)} if self._reports else {}
 
     def usage(self) -> Fields:
         prompt = sum(len(prompt.ids) for prompt in self._job.prompts)
@@ -98,10 +93,11 @@ class Meter:
         }
 
 
-def fingerprint(info: ModelInfo) -> str:
+def fingerprint(info: ModelInfo, params: SpeculationParams) -> str:
     """Changes when the same request might get another answer; tells nothing of paths."""
-    same = info.lossless and info.verifier in SAME_TOKENS
-    drafting = () if same else (info.drafter, info.draft, info.max_draft, info.verifier)
+    verifying = (info.verifier, info.verifier_knobs, info.verifier_head, info.sample)
+    exactly = verifies_exactly(params, info)
+    drafting = () if exactly else (info.drafter, info.draft, info.max_draft, *verifying)
     facts = (info.path, info.pipeline, info.quant, info.max_model_len, info.vocab_size, info.eos_ids, *drafting)
     return f"fp_{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
 
@@ -113,7 +109,7 @@ def head(job: Job, kind: str) -> Fields:
         "object": kind,
         "created": job.created,
         "model": job.model,
-        "system_fingerprint": fingerprint(job.engine.info),
+        "system_fingerprint": fingerprint(job.engine.info, job.requests[0].speculation),
     }
 
 

@@ -15,6 +15,11 @@ ORIGINS = {
     "b": ("bonus", "behind a whole draft", "36"),
     "p": ("plain", "where nothing was drafted", ""),
 }
+# What an answer says that may not be the model's own, by its decoder.
+_LOSSY = {
+    "relaxed": "lossy: under {} the law of a token was {:.2%} away from the model's own, on average",
+    "relaxed_greedy": "lossy: under {}, {:.2%} of the tokens are not the model's first choice",
+}
 WIDTH, TAB = 80, 8  # columns of a line that has letters under it, and between the stops of tabs
 
 
@@ -32,6 +37,10 @@ class Report(msgspec.Struct):
     drafted: int = 0
     accepted: int = 0
     histogram: list[int] = msgspec.field(default_factory=list)
+    verifier: str | None = None
+    lossy: bool = False
+    decoder: str = "target"
+    bias: float = 0.0
 
 
 def legend(colours: bool) -> str:
@@ -106,6 +115,8 @@ class DraftView:
                 f"[{report.rounds} rounds of {each:.2f} tokens; {report.accepted} of {report.drafted} drafted tokens "
                 f"accepted, {share:.0%}; rounds by tokens accepted: {counts}]"
             )
+        if report is not None and report.lossy:
+            lines.append(f"[{_LOSSY.get(report.decoder, _LOSSY['relaxed']).format(report.verifier, report.bias)}]")
         return lines
 
 

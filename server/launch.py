@@ -71,7 +71,17 @@ def _read(command: str, description: str, arguments: Sequence[str]) -> tuple[Con
     parser.add_argument("--max-draft", metavar="N", type=int, help="most tokens of one draft")
     parser.add_argument("--draft-tree", metavar="N", type=int, help="draft trees of up to N tokens where they pay")
     parser.add_argument(
-        "--verifier", metavar="NAME", help="which drafted tokens stand: strict (the default), rejection"
+        "--verifier",
+        metavar="NAME",
+        help="which drafted tokens stand: strict (the default), rejection and block, which keep the model's law; or"
+        " ensemble, diversed, bounded, lenient, typical and top_k_gap, which leave it, measured",
+    )
+    parser.add_argument("--verifier-head", metavar="FOLDER", help="the trained head that the verifier diversed needs")
+    parser.add_argument(
+        "--max-bias",
+        metavar="X",
+        type=float,
+        help="most that a request's verifier may move a token's law, from 0 (lossless ones alone) to 1 (the default)",
     )
     parser.add_argument(
         "--set",
@@ -98,7 +108,13 @@ def _draft_overrides(parsed: argparse.Namespace) -> list[str]:
         plain = parsed.draft in UNTRAINED_DRAFTERS
         drafter, path = (parsed.draft, "") if plain else ("auto", parsed.draft)
         overrides += ["pipeline=speculative", f"draft.path={json.dumps(path)}", f"draft.drafter={drafter}"]
-    flags = {"draft.max_draft": parsed.max_draft, "draft.tree": parsed.draft_tree, "verifier.name": parsed.verifier}
+    flags = {
+        "draft.max_draft": parsed.max_draft,
+        "draft.tree": parsed.draft_tree,
+        "verifier.name": parsed.verifier,
+        "verifier.head": parsed.verifier_head,
+        "verifier.max_bias": parsed.max_bias,
+    }
     overrides += [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     return [f"models.0.{override}" for override in overrides]
 

@@ -72,6 +72,22 @@ ACCEPTED_BY_POSITION: Final = (
     "Drafted tokens that stood, by their position in the draft.",
 )
 
+# One more label, `verifier`: each that requests may choose. The field of VerifierStats that a counter follows, its name
+# and what it counts.
+VERIFIER_COUNTERS: Final = {
+    "rounds": ("slipstream:spec_decode_rounds_total", "Drafts that were verified, by verifier."),
+    "drafted": ("slipstream:spec_decode_drafted_tokens_total", "Drafted tokens that were verified, by verifier."),
+    "accepted": ("slipstream:spec_decode_accepted_tokens_total", "Drafted tokens that stood, by verifier."),
+    "tokens": (
+        "slipstream:spec_decode_tokens_total",
+        "Tokens that verified drafts brought, the target's own included, by verifier.",
+    ),
+    "bias": (
+        "slipstream:spec_decode_bias_total",
+        "Estimated distance of these tokens' laws from the target's, in total variation and summed up, by verifier.",
+    ),
+}
+
 # One more label, with every value it can have: all of them are exposed from the start.
 LABELLED_GAUGES: Final = {
     "vllm:num_requests_waiting_by_reason": ("Waiting requests by reason.", "reason", ("capacity", "deferred")),

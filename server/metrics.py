@@ -23,7 +23,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from engine.config import KVConfig
 from engine.protocols import EngineObserver
-from engine.types import EngineStats, ModelInfo, RequestSummary
+from engine.types import EngineStats, ModelInfo, RequestSummary, VerifierStats
 from server import metric_names as names
 
 _UNCOUNTED_HANDLERS = frozenset({"/metrics", "/health", "/ready", "/load", "/ping", "/version", "/server_info"})
@@ -53,7 +53,7 @@ class Metrics:
             enable_prefix_caching=str(self._kv.prefix_cache),
             cache_dtype="auto",
         ).set(1)
-        return _ModelObserver(self._families, model_name, str(engine), info.max_draft)
+        return _ModelObserver(self._families, model_name, str(engine), info)
 
     def watch(self, model_name: str, healthy: Callable[[], bool], engine: int = 0) -> None:
         """Expose what `healthy` says at the time of each scrape."""
@@ -94,6 +94,10 @@ class _Families:
         self.speculation = {
             name: Counter(name, text, labels, registry=registry) for name, text in names.SPECULATION_COUNTERS.items()
         }
+        self.verifiers = {
+            field: Counter(name, text, (*labels, "verifier"), registry=registry)
+            for field, (name, text) in names.VERIFIER_COUNTERS.items()
+        }
         self.accepted_at = Counter(*names.ACCEPTED_BY_POSITION, (*labels, "position"), registry=registry)
         self.rejections = Counter(
             "vllm:admission_rejections_total",
@@ -115,7 +119,7 @@ class _Families:
 class _ModelObserver:
     """An `EngineObserver` that writes to one model's series."""
 
-    def __init__(self, families: _Families, model: str, engine: str, max_draft: int = 0) -> None:
+    def __init__(self, families: _Families, model: str, engine: str, info: ModelInfo) -> None:
         self._gauges = {name: family.labels(model, engine) for name, family in families.gauges.items()}
         self._counters = {name: family.labels(model, engine) for name, family in families.counters.items()}
         self._histograms = {name: family.labels(model, engine) for name, family in families.histograms.items()}
@@ -134,7 +138,7 @@ class _ModelObserver:
         self._generated = self._counters["vllm:generation_tokens_total"]
         self._first_token = self._histograms["vllm:time_to_first_token_seconds"]
         self._between_tokens = self._histograms["vllm:inter_token_latency_seconds"]
-        self._speculation = _SpeculationCounters(families, model, engine, max_draft) if max_draft else None
+        self._speculation = _SpeculationCounters(families, model, engine, info) if info.max_draft else None
         self._last = EngineStats()
         self._labelled_gauges["vllm:engine_sleep_state", "awake"].set(1)
 
@@ -211,12 +215,18 @@ class _ModelObserver:
 class _SpeculationCounters:
     """What came of drafting for one model; at most `max_draft` tokens are drafted in one round."""
 
-    def __init__(self, families: _Families, model: str, engine: str, max_draft: int) -> None:
+    def __init__(self, families: _Families, model: str, engine: str, info: ModelInfo) -> None:
         drafts, drafted, accepted = (families.speculation[name] for name in names.SPECULATION_COUNTERS)
         self._drafts = drafts.labels(model, engine)
         self._drafted = drafted.labels(model, engine)
         self._accepted = accepted.labels(model, engine)
-        self._accepted_at = [families.accepted_at.labels(model, engine, str(i)) for i in range(max_draft)]
+        self._accepted_at = [families.accepted_at.labels(model, engine, str(i)) for i in range(info.max_draft)]
+        self._of_verifiers = {
+            card.name: {
+                field: counter.labels(model, engine, card.name) for field, counter in families.verifiers.items()
+            }
+            for card in info.verifiers
+        }
 
     def advance(self, stats: EngineStats, last: EngineStats) -> None:
         """Count what is in `stats` and was not in `last`."""
@@ -226,6 +236,11 @@ class _SpeculationCounters:
         before = last.spec_accepted_at or (0,) * len(stats.spec_accepted_at)
         for counter, now, then in zip(self._accepted_at, stats.spec_accepted_at, before, strict=False):
             counter.inc(max(0, now - then))
+        known = {own.name: own for own in last.verifiers}
+        for own in stats.verifiers:
+            past = known.get(own.name, VerifierStats(own.name))
+            for field, counter in self._of_verifiers.get(own.name, {}).items():
+                counter.inc(max(0, getattr(own, field) - getattr(past, field)))
 
 
 class _HttpMetrics:

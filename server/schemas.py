@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 MAX_LISTED = 1024  # entries of logit_bias, bad_words, stop_token_ids
@@ -94,11 +95,28 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = None
 
 
+def _bounds(low: float, high: float) -> FieldInfo:
+    """Bounds to be read. The engine checks them, and to which verifier a knob belongs, by the verifiers themselves."""
+    found: FieldInfo = Field(json_schema_extra={"minimum": low, "maximum": high})
+    return found
+
+
+Share = Annotated[float, _bounds(0, 1)]
+UpTo100 = Annotated[float, _bounds(0, 100)]
+# The knobs of the verifiers, by their names in `Speculation`.
+KNOBS = (
+    *("target_weight", "min_weight", "epsilon", "lenience", "posterior_threshold", "posterior_alpha"),
+    *("relaxed_topk", "relaxed_delta"),
+)
+
+
 class Speculation(BaseModel):
     """How to draft for this request. Under a lossless verifier it changes the speed of the answer, never its law."""
 
-    # Other knobs are refused by `speculation_params`, which knows what to say of them; null stays "not given".
-    model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"additionalProperties": False})
+    # What else is sent is refused by `speculation_params`, which knows what to say of it; null stays "not given".
+    model_config = ConfigDict(
+        strict=True, extra="allow", allow_inf_nan=False, json_schema_extra={"additionalProperties": False}
+    )
 
     enabled: bool | None = Field(
         None,
@@ -112,13 +130,55 @@ class Speculation(BaseModel):
     )
     report: bool | None = Field(
         None,
-        description="Put an object `speculation` into the answer, with verifier, lossy, rounds, drafted, accepted and"
-        " histogram.",
+        description="Put an object `speculation` into the answer: verifier, knobs, lossy, decoder, rounds, drafted,"
+        " accepted, histogram, bias and bias_bound. An answer that may leave the model's own law always has it.",
     )
     trace: bool | None = Field(
         None,
         description="Put an object `speculation` into each choice (of each chunk), with a letter for each token in"
         " `origins`: d drafted, c corrected, b bonus, p plain; and where its text starts in `offsets`.",
+    )
+    verifier: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="Which drafted tokens stand: a name that the model's entry in /v1/models lists, with its knobs."
+        " Default: the server's.",
+    )
+    target_weight: Share | None = Field(
+        None,
+        description="Of `ensemble`: how much the model's law counts in the mixture with the draft's. 1 is lossless.",
+    )
+    min_weight: Share | None = Field(
+        None, description="Of `diversed`: the least that its head may let the model's law count. 1 is lossless."
+    )
+    epsilon: Share | None = Field(
+        None, description="Of `bounded`: most that a token's law may move, in total variation. 0 is lossless."
+    )
+    lenience: Annotated[float, _bounds(0.01, 1)] | None = Field(
+        None,
+        description="Of `lenient`: a drafted token counts as if the model liked it 1 / lenience times as much."
+        " 1 is lossless.",
+    )
+    posterior_threshold: Share | None = Field(
+        None, description="Of `typical`: a drafted token stands that the model gives more than this."
+    )
+    posterior_alpha: UpTo100 | None = Field(
+        None, description="Of `typical`: or more than this times exp(-entropy of the model's law)."
+    )
+    relaxed_topk: Annotated[int, _bounds(1, 1000)] | None = Field(
+        None, description="Of `top_k_gap`: a drafted token that is among so many of the model's likeliest may stand."
+    )
+    relaxed_delta: UpTo100 | None = Field(
+        None, description="Of `top_k_gap`: it stands if its log-probability is no further than this below the best one."
+    )
+    sample: bool | None = Field(
+        None,
+        description="Draw the drafts from the draft's law, for verifiers that weigh laws, in place of its likeliest"
+        " tokens; without temperature nothing is drawn. Default: the server's.",
+    )
+    thinking_only: bool | None = Field(
+        None,
+        description="Let the verifier leave the model's law only inside its thinking span. Default: false. An error"
+        " where the model's tokenizer has no tokens around one.",
     )
 
 

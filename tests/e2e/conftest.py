@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
+from tests.contract import neural
 from tests.e2e.process import ServerProcess
 from tests.e2e.wire import assert_idle, complete
 from tests.tiny import byte_tokenizer, save_tiny, tiny_model
@@ -66,6 +68,18 @@ def demo() -> Iterator[ServerProcess]:
 def tiny(tiny_folder: Path) -> Iterator[ServerProcess]:
     with ServerProcess(str(tiny_folder), *setting_arguments(*TINY_SETTINGS, *SHORT_TIMES)) as server:
         yield server.wait_ready()
+        server.assert_clean_end()
+
+
+@pytest.fixture(scope="session")
+def drafting(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """The same model, exact, always with drafts of random weights, and a pool too small for a dozen long answers."""
+    config, folder = AutoConfig.from_pretrained(tiny_folder), tmp_path_factory.mktemp("drafts") / "draft"
+    settings = setting_arguments("models.0.quant=none", "kv.memory=3MiB", "scheduler.max_batched_tokens=64")
+    settings += setting_arguments("models.0.draft.adaptive=false", "scheduler.lag=1")
+    with ServerProcess(str(tiny_folder), "--draft", str(neural.save_dflash(config, folder)), *settings) as server:
+        yield server.wait_ready()
+        assert_idle(server.url)
         server.assert_clean_end()
 
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from tests.e2e.conftest import setting_arguments
 from tests.e2e.process import ROOT, ServerProcess
-from tests.e2e.wire import complete, get
+from tests.e2e.wire import complete, error_of, get, post
+
+BEYOND = {"ensemble": {"target_weight": 0.0}, "bounded": {"epsilon": 1.0}, "diversed": {"min_weight": 0.0}}
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
 def test_a_configuration_file_starts_and_answers(file: Path, tiny_folder: Path, draft_folder: Path) -> None:
     model = yaml.safe_load(file.read_text(encoding="utf-8"))["models"][0]
-    draft = model.get("draft")
+    draft, verifier = model.get("draft"), model.get("verifier", {})
     changes = {"path": tiny_folder, "max_model_len": "null", "device": "auto", "attention": "auto", "dtype": "auto"}
     if draft is not None and "path" in draft:
         changes |= {"draft.path": draft_folder, "draft.max_draft": "null"}
@@ -26,4 +29,20 @@ def test_a_configuration_file_starts_and_answers(file: Path, tiny_folder: Path, 
         card = get(server.url, "/v1/models").json()["data"][0]["speculation"]
         assert (card is None) == (draft is None)
         assert card is None or card["draft"] == (draft_folder.name if "path" in draft else None)
+        assert card is None or card["verifier"] == verifier["name"]
+        if "knobs" in verifier:
+            check_relaxed(server.url, verifier)
         server.assert_clean_end(signal.SIGINT, group=True)
+
+
+def check_relaxed(url: str, verifier: dict[str, Any]) -> None:
+    """Answers say what they are, and no request goes past the ceiling."""
+    body: dict[str, Any] = {"prompt": "hello", "ignore_eos": True}
+    report = post(url, "/v1/completions", body).json()["speculation"]
+    assert (report["verifier"], report["knobs"], report["lossy"]) == (verifier["name"], verifier["knobs"], True)
+    assert 0 <= report["bias"] <= report["bias_bound"] <= verifier["max_bias"] < 1
+    (wish,) = BEYOND[verifier["name"]].items()
+    refused = error_of(post(url, "/v1/completions", {**body, "speculation": dict([wish])}))
+    assert refused["param"] == f"speculation.{wish[0]}"
+    assert f"by {verifier['max_bias']:g} at most" in refused["message"]
+    assert error_of(post(url, "/v1/completions", {**body, "speculation": {"verifier": "typical"}}))

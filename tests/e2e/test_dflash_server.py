@@ -6,35 +6,17 @@ The draft is of random weights, and hardly anything of it stands; the model's an
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
-from transformers import AutoConfig
 
-from tests.contract import neural
-from tests.e2e.conftest import setting_arguments
 from tests.e2e.process import ServerProcess
 from tests.e2e.wire import assert_idle, get, metrics, post
 
 OFF = {"enabled": False}
 PROMPTS = ["one two three one two three", "abcabc", "a plain beginning", "x" * 40]
 COUNTERS = {"rounds": "num_drafts", "drafted": "num_draft_tokens", "accepted": "num_accepted_tokens"}
-
-
-@pytest.fixture(scope="module")
-def drafting(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """Exact weights, and a pool so small that a dozen long answers do not fit."""
-    config, folder = AutoConfig.from_pretrained(tiny_folder), tmp_path_factory.mktemp("drafts") / "draft"
-    settings = setting_arguments("models.0.quant=none", "kv.memory=3MiB", "scheduler.max_batched_tokens=64")
-    settings += setting_arguments("models.0.draft.adaptive=false", "scheduler.lag=1")
-    with ServerProcess(str(tiny_folder), "--draft", str(neural.save_dflash(config, folder)), *settings) as server:
-        yield server.wait_ready()
-        assert_idle(server.url)
-        server.assert_clean_end()
 
 
 def body(prompt: str, **fields: Any) -> dict[str, Any]:

@@ -22,7 +22,33 @@ from engine.tokenizer.chat_template import ChatTemplate
 from engine.tokenizer.tokenizer import Tokenizer
 from engine.types import FinishReason, Health, ModelInfo, Phase, Request, SeqUpdate, TokenLogprob
 from engine.validate import validate
+from engine.verification import Knob, VerifierCard
 
+# Cards like those of the real verifiers, which need torch to be loaded.
+VERIFIERS = (
+    VerifierCard("strict", True, "exact", exact=True),
+    VerifierCard("rejection", True, "a ratio", drawn=True),
+    VerifierCard(
+        "ensemble",
+        False,
+        "a mixture",
+        (Knob("target_weight", 0.7, 0.0, 1.0, "weight of the target", neutral=1.0),),
+        drawn=True,
+    ),
+    VerifierCard("bounded", False, "a bound", (Knob("epsilon", 0.1, 0.0, 1.0, "the bound", neutral=0.0),), drawn=True),
+    VerifierCard(
+        "typical",
+        False,
+        "a threshold",
+        (Knob("posterior_threshold", 0.3, 0.0, 1.0, "one"), Knob("posterior_alpha", 0.09, 0.0, 100.0, "two")),
+    ),
+    VerifierCard(
+        "top_k_gap",
+        False,
+        "a gap",
+        (Knob("relaxed_topk", 8, 1, 1000, "so many", whole=True), Knob("relaxed_delta", 0.5, 0.0, 100.0, "the gap")),
+    ),
+)
 BOS, EOS = 256, 257
 VOCAB = 260  # bytes, <bos>, <eos>, and two tokens of several bytes: "Hello" and " world"
 HELLO, WORLD = 258, 259
@@ -53,6 +79,7 @@ class FakeEngine:
     """Speaks `server.contract.Engine`. `answer` makes the tokens of a request; EOS at their end is up to it.
 
     With `stands` it drafts 4 tokens a round, of which so many stand: in the first round, in the second, and around.
+    Where its verifier is lossy, each of these has a bias of 1/8, and what the target says in place of a draft 1/4.
     """
 
     def __init__(
@@ -63,12 +90,15 @@ class FakeEngine:
         tokenizer: Tokenizer | None = None,
         max_model_len: int = 512,
         stands: Sequence[int] = (),
-        lossless: bool = True,
+        verifier: str = "strict",
+        max_bias: float = 1.0,
     ) -> None:
         self.tokenizer = tokenizer or make_tokenizer()
         self.info = ModelInfo(name, "/secret/path", max_model_len, VOCAB, (EOS,), 16, 100, 1_700_000_000, "fp16", "ar")
         if stands:
-            self.info = replace(self.info, drafter="ngram", max_draft=4, verifier="strict", lossless=lossless)
+            knobs = next(card.settle({}) for card in VERIFIERS if card.name == verifier)
+            self.info = replace(self.info, drafter="dflash", max_draft=4, verifier=verifier, verifier_knobs=knobs)
+            self.info = replace(self.info, verifiers=VERIFIERS, max_bias=max_bias)
         self.stands = stands
         self.answer = answer
         self.observers: list[EngineObserver] = []
@@ -161,6 +191,7 @@ class FakeEngine:
                 cached_tokens=2,
                 drafted=drafted,
                 accepted=stood,
+                bias=_bias(drafted, stood)[: len(tokens)] if request.speculation.bias_bound else (),
             )
             first = False
             self.aborted.extend(self.in_flight.take([_stopped(update, request)], 0.0))
@@ -183,6 +214,10 @@ class FakeEngine:
         return tuple(scores)
 
 
+def _bias(drafted: int, stood: int) -> tuple[float, ...]:
+    return (0.125,) * stood + (0.25 if stood < drafted else 0.0,)
+
+
 def _stopped(update: SeqUpdate, request: Request) -> SeqUpdate:
     """The update as the scheduler would send it: ended, and cut, behind the first token that stops the request."""
     sampling = request.sampling
@@ -192,5 +227,12 @@ def _stopped(update: SeqUpdate, request: Request) -> SeqUpdate:
             scores = None if update.logprobs is None else update.logprobs[: i + 1]
             stop_id = token if stopped else None
             tokens = update.token_ids[: i + 1]
-            return replace(update, token_ids=tokens, logprobs=scores, finish=FinishReason.STOP, stop_token_id=stop_id)
+            return replace(
+                update,
+                token_ids=tokens,
+                logprobs=scores,
+                finish=FinishReason.STOP,
+                stop_token_id=stop_id,
+                bias=update.bias[: i + 1],
+            )
     return update

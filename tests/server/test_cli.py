@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine.config import DraftConfig, load
+from engine.config import DraftConfig, VerifierConfig, load
 from engine.errors import SlipstreamError
+from engine.registry import VERIFIERS
 from engine.types import Phase
 from server import cli, launch
 from server.settings import load_settings
@@ -157,8 +159,23 @@ def test_what_drafts(
         "path": "demo",
         "pipeline": "speculative",
         "draft": {**asdict(DraftConfig()), **draft},
-        "verifier": {"name": verifier},
+        "verifier": {**asdict(VerifierConfig()), "name": verifier},
     }
+
+
+def test_what_verifies(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--draft", "d", "--verifier", "diversed", "--verifier-head", "it's: a", "--max-bias", "0.25"]
+    verifier = {"name": "diversed", "knobs": {}, "head": "it's: a", "max_bias": 0.25}
+    assert drafts_of(arguments, capsys)["verifier"] == verifier
+    knobs = ["--set", "models.0.verifier.knobs.min_weight=0.75"]
+    assert drafts_of([*arguments, *knobs], capsys)["verifier"] == {**verifier, "knobs": {"min_weight": 0.75}}
+
+
+def test_the_help_names_every_verifier(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert [name for name in VERIFIERS if not re.search(rf"\b{name}\b", text)] == []
 
 
 @pytest.mark.parametrize("command", ["serve", "print-config"])
@@ -174,6 +191,11 @@ def test_what_drafts(
         (["--max-draft", "3"], "models.draft: the pipeline 'autoregressive' does not draft; say"),
         (["--verifier", "rejection"], "models.verifier: the pipeline 'autoregressive' verifies nothing; say"),
         (["--draft", "x", "--max-draft", "0"], "models.draft.max_draft: 0 is not in 1 to 64"),
+        (["--draft", "x", "--max-bias", "1.5"], "models.verifier.max_bias: 1.5 is not in [0, 1]"),
+        (["--draft", "x", "--max-bias", "nan"], "models.0.verifier.max_bias: expected float"),
+        (["--max-bias", "0.5"], "models.verifier: the pipeline 'autoregressive' verifies nothing; say"),
+        (["--draft", "x", "--set", "models.0.verifier.knobs.epsilon=a"], "verifier.knobs.epsilon: expected a number"),
+        (["--draft", "x", "--set", "models.0.verifier.epsilon=1"], "models.0.verifier.epsilon: unknown key; known:"),
         (["--draft", "ngram", "--draft-tree", "8"], "models.draft.tree: the drafter 'ngram' drafts no trees"),
     ],
 )

@@ -59,6 +59,15 @@ def test_letters_stand_under_the_first_character_of_each_token() -> None:
     ]
 
 
+@pytest.mark.parametrize("decoder", ["relaxed", "relaxed_greedy", "of a later version"])
+def test_a_lossy_answer_says_so(decoder: str) -> None:
+    line = "[lossy: under ensemble the law of a token was 1.25% away from the model's own, on average]"
+    if decoder == "relaxed_greedy":
+        line = "[lossy: under ensemble, 1.25% of the tokens are not the model's first choice]"
+    lossy = Report(4, 16, 7, [1, 0, 2, 1], "ensemble", True, decoder, 0.0125)
+    assert shown(DraftView(colours=False), PIECES, lossy).split("\n")[-3:] == [*SUMMARY, line]
+
+
 def test_letters_of_wide_and_combining_characters_and_of_lines() -> None:
     pieces = [
         ("日本", Trace("db", [0, 1])),

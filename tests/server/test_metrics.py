@@ -24,7 +24,7 @@ SUMMARY = RequestSummary(
     first_token=1.25,
     preemptions=1,
 )
-DRAFTED = replace(INFO, drafter="ngram", max_draft=3, verifier="strict")
+DRAFTED = replace(INFO, drafter="dflash", max_draft=3, verifier="strict")
 DRAFTS = "vllm:spec_decode_num_drafts_total"
 DRAFT_TOKENS = "vllm:spec_decode_num_draft_tokens_total"
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
@@ -177,8 +177,8 @@ def test_counters_never_fall_when_the_engine_process_starts_again() -> None:
 
 
 def speculation(page: Samples, model: str = "m") -> dict[str, float | list[float]]:
-    """What is exposed of speculation for a model; tokens by position in the order of their positions."""
-    found = {key: v for key, v in page.items() if "spec_decode" in key[0] and not key[0].endswith("_created")}
+    """What is exposed under vLLM's names of speculation for a model; by position in the order of their positions."""
+    found = {key: v for key, v in page.items() if "vllm:spec_decode" in key[0] and not key[0].endswith("_created")}
     of_model = {key: v for key, v in found.items() if dict(key[1])["model_name"] == model}
     at = {dict(labels)["position"]: v for (name, labels), v in of_model.items() if name == ACCEPTED_AT}
     assert list(map(str, range(len(at)))) == sorted(at)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.types import SpeculationParams
+from engine.types import ModelInfo, SpeculationParams
 from tests.server.fake_engine import FakeEngine
 from tests.server.harness import CHAT, CHAT_URL, COMPLETION, COMPLETION_URL, Json, error_of, serving, stream
 
@@ -18,13 +18,27 @@ STANDS = (2, 0, 3)
 # "Hello, wörld!" is 11 tokens with its end: Hello | , _ w | half of ö | half of ö r l d | ! <eos>
 REPORT: Json = {
     "verifier": "strict",
+    "knobs": {},
     "lossy": False,
+    "decoder": "target",
     "rounds": 4,
     "drafted": 16,
     "accepted": 7,
     "histogram": [1, 0, 2, 1],
+    "bias": 0.0,
+    "bias_bound": 0.0,
 }
-NOTHING: Json = {"verifier": None, "lossy": False, "rounds": 0, "drafted": 0, "accepted": 0, "histogram": []}
+NOTHING: Json = {**REPORT, "verifier": None, "rounds": 0, "drafted": 0, "accepted": 0, "histogram": []}
+# 7 tokens that stood and 3 that did not (1/8 and 1/4 each), and the first, which nothing was drafted for; of 11. The
+# last round is cut behind its second token: what ends the answer is one that stood.
+LOSSY: Json = {
+    "verifier": "ensemble",
+    "knobs": {"target_weight": 0.7},
+    "lossy": True,
+    "decoder": "relaxed",
+    "bias": round((7 / 8 + 3 / 4) / 11, 6),
+    "bias_bound": 0.3,
+}
 
 
 def text_of(choice: Json) -> str:
@@ -55,7 +69,7 @@ async def test_what_is_asked_reaches_every_choice(
     engine = FakeEngine(stands=STANDS)
     async with serving(engine) as client:
         assert (await client.post(url, json={**base, "n": 2, "speculation": asked})).status_code == 200
-    assert [request.speculation for request in engine.submitted] == [expected] * 2
+    assert [request.speculation for request in engine.submitted] == [replace(expected, verifier="strict")] * 2
 
 
 @ENDPOINTS
@@ -79,8 +93,6 @@ async def test_what_is_asked_reaches_every_choice(
         ({"max_draft": -1}, ".max_draft", "invalid_value"),
         ({"max_draft": 1025}, ".max_draft", "invalid_value"),
         ({"max_draft": 2**63}, ".max_draft", "invalid_value"),
-        ({"verifier": "typical"}, ".verifier", "unsupported_parameter"),
-        ({"enabled": False, "target_weight": 0.5}, ".target_weight", "unsupported_parameter"),
         ({"Enabled": True}, ".Enabled", "unsupported_parameter"),
         ({"x" * 500: False}, "." + "x" * 63 + "…", "unsupported_parameter"),
         ({"": False}, ".", "unsupported_parameter"),
@@ -197,36 +209,62 @@ async def test_nothing_is_told_unasked(url: str, base: Json) -> None:
 
 @ENDPOINTS
 async def test_a_lossy_answer_keeps_its_trace(url: str, base: Json) -> None:
-    engine = FakeEngine(stands=STANDS, lossless=False)
+    engine = FakeEngine(stands=STANDS, verifier="ensemble")
     async with serving(engine) as client:
         body = {**base, "speculation": {"max_draft": 2, "trace": True}}
         assert (await client.post(url, json=body)).json()["choices"][0]["speculation"]["origins"]
-    assert engine.submitted[0].speculation == SpeculationParams(max_draft=2, report=True, trace=True)
+    settled = SpeculationParams(verifier="ensemble", knobs=(("target_weight", 0.7),), bias_bound=0.3)
+    assert engine.submitted[0].speculation == replace(settled, max_draft=2, report=True, trace=True)
 
 
 @ENDPOINTS
 async def test_a_lossy_answer_always_says_so(url: str, base: Json) -> None:
-    async with serving(FakeEngine(stands=STANDS, lossless=False)) as client:
+    async with serving(FakeEngine(stands=STANDS, verifier="ensemble")) as client:
         for asked in (None, {}, {"report": False}):
             body = {**base, "speculation": asked}
-            assert (await client.post(url, json=body)).json()["speculation"] == {**REPORT, "lossy": True}
-            assert (await stream(client, url, body))[-1]["speculation"]["lossy"] is True
+            assert (await client.post(url, json=body)).json()["speculation"] == {**REPORT, **LOSSY}
+            assert (await stream(client, url, body))[-1]["speculation"] == {**REPORT, **LOSSY}
         for off in ({"enabled": False}, {"max_draft": 0}):
             assert "speculation" not in (await client.post(url, json={**base, "speculation": off})).json()
             told = (await client.post(url, json={**base, "speculation": {**off, "report": True}})).json()
-            assert told["speculation"] == {**NOTHING, "verifier": "strict"}
+            assert told["speculation"] == {**NOTHING, "verifier": "ensemble", "knobs": {"target_weight": 0.7}}
 
 
 async def test_a_fingerprint_tells_apart_what_may_answer_otherwise() -> None:
-    """Under `strict` the tokens are those of plain decoding; under `rejection` only their law is."""
-    prints = []
-    engines = [FakeEngine(), *(FakeEngine(stands=STANDS) for _ in range(3)), FakeEngine(stands=STANDS, lossless=False)]
-    engines[2].info = replace(engines[2].info, verifier="rejection", draft="one")
-    engines[3].info = replace(engines[3].info, verifier="rejection", draft="two")
-    for engine in engines:
+    """Under `strict` the tokens are those of plain decoding; under others they depend on drafts and settings."""
+
+    async def of(info: ModelInfo, asked: Json | None = None) -> str:
+        engine = FakeEngine()
+        engine.info = info
         async with serving(engine) as client:
-            prints.append((await client.post(CHAT_URL, json=CHAT)).json()["system_fingerprint"])
-    assert prints[0] == prints[1] and len(set(prints)) == 4
+            answer = (await client.post(CHAT_URL, json={**CHAT, "speculation": asked})).json()
+        found: str = answer["system_fingerprint"]
+        return found
+
+    strict, ratio, mixed = (
+        FakeEngine(stands=STANDS, verifier=name).info for name in ("strict", "rejection", "ensemble")
+    )
+    exact = await of(FakeEngine().info)
+    assert exact == await of(strict) == await of(strict, {"verifier": "ensemble", "target_weight": 1})
+    assert exact == await of(mixed, {"verifier": "strict"}) == await of(mixed, {"enabled": False})
+    assert exact == await of(mixed, {"target_weight": 1.0}) == await of(ratio, {"max_draft": 0})
+    whole = replace(mixed, verifier_knobs=(("target_weight", 1.0),))
+    assert exact == await of(whole)
+    loose = [
+        await of(whole, {"target_weight": 0.9}),
+        *[await of(strict, {"verifier": name}) for name in ("ensemble", "typical", "rejection")],
+    ]
+    assert exact not in loose
+    changes: list[Json] = [
+        {},
+        {"draft": "two"},
+        {"max_draft": 3},
+        {"verifier_knobs": (("target_weight", 0.5),)},
+        {"verifier_head": "a"},
+        {"sample": True},
+    ]
+    prints = [await of(ratio), *[await of(replace(mixed, **change)) for change in changes]]
+    assert len({exact, *prints}) == 8
 
 
 async def test_scoring_a_prompt_drafts_nothing() -> None:
@@ -241,19 +279,6 @@ async def test_logprobs_and_ids_are_those_of_the_kept_tokens() -> None:
         body = {**CHAT, "stop": "r", "logprobs": True, "return_token_ids": True}
         choice = (await client.post(CHAT_URL, json=body)).json()["choices"][0]
     assert len(choice["token_ids"]) == len(choice["logprobs"]["content"]) == 7
-
-
-async def test_models_tell_who_drafts() -> None:
-    lossy = FakeEngine("lossy", stands=STANDS, lossless=False)
-    lossy.info = replace(lossy.info, drafter="dflash", draft="Some-Draft-b16")
-    async with serving(FakeEngine("plain"), FakeEngine("drafted", stands=STANDS), lossy) as client:
-        cards = (await client.get("/v1/models")).json()["data"]
-    card = {"drafter": "ngram", "draft": None, "max_draft": 4, "verifier": "strict", "lossy": False}
-    assert [entry["speculation"] for entry in cards] == [
-        None,
-        card,
-        {**card, "drafter": "dflash", "draft": "Some-Draft-b16", "lossy": True},
-    ]
 
 
 async def test_metrics_of_models_with_and_without_a_drafter() -> None:

@@ -58,7 +58,7 @@ async def test_every_token_has_an_origin_and_its_text(url: str, base: Json, n: i
                 text, origins, offsets = joined(choices, index)
                 assert (text, origins) == ("Hello, wörld!", ORIGINS)
                 assert pieces(text, offsets) == PIECES
-    assert {request.speculation for request in engine.submitted} == {SpeculationParams(trace=True)}
+    assert {request.speculation for request in engine.submitted} == {SpeculationParams(trace=True, verifier="strict")}
 
 
 @ENDPOINTS

@@ -28,9 +28,15 @@ from engine.types import (
     StepPlan,
     TokenLogprob,
 )
+from engine.verification import Knob, VerifierCard
 
 EOS = 256
 VOCAB_SIZE = 257
+VERIFIERS = (
+    VerifierCard("strict", True, "exact", exact=True),
+    VerifierCard("ensemble", False, "a mixture", (Knob("target_weight", 0.7, 0.0, 1.0, "weight", neutral=1.0),)),
+    VerifierCard("typical", False, "without a bound"),
+)
 FAIL_SUBMIT, FAIL_RESULT, FAIL_REQUEST, EARLY_EOS = 1, 2, 3, 4  # in a prompt
 
 
@@ -84,6 +90,7 @@ class Script:
     block_size: int = 4
     max_model_len: int = 512
     lookahead: int = 0  # a step says this many tokens more than one: drafts that all stand
+    drafts: int = 0  # these are drafts that requests may do without, or have verified by `ensemble`: a bias of 1/4 each
     refuse: int = 0  # loading fails
 
 
@@ -139,8 +146,10 @@ class FakeWorker:
 
     def capacity(self) -> Capacity:
         script = self.script
-        traits = DecodeTraits(lookahead=script.lookahead)
-        return Capacity(script.num_blocks, script.block_size, script.max_model_len, VOCAB_SIZE, traits)
+        traits = DecodeTraits(lookahead=script.lookahead, drafts=bool(script.drafts))
+        verifiers = VERIFIERS if script.drafts else ()
+        size = script.num_blocks, script.block_size, script.max_model_len, VOCAB_SIZE
+        return Capacity(*size, traits, verifiers=verifiers)
 
     def submit(self, plan: StepPlan) -> Done:
         for request_id in plan.dropped:
@@ -189,4 +198,6 @@ class FakeWorker:
         logprobs = None
         if request.sampling.logprobs is not None:
             logprobs = tuple(TokenLogprob(token, -0.25, 1) for token in new)
-        return SeqResult(item.request_id, tuple(new), state.computed, logprobs, scored, drafted, drafted)
+        relaxed = request.speculation.bias_bound > 0
+        bias = (*(0.25,) * drafted, 0.0)[: len(new)] if relaxed else ()
+        return SeqResult(item.request_id, tuple(new), state.computed, logprobs, scored, drafted, drafted, bias=bias)

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHECKS = [architecture.arrow_violations, architecture.size_violations, architecture.habit_violations]
 TORCH_FREE_ENGINE = (
     *(f"engine.{name}" for name in ("types", "config", "errors", "protocols", "registry", "core", "async_engine")),
+    *("engine.speculation", "engine.verification"),
     *("engine.validate", "engine.scheduling.", "engine.cluster.", "engine.front.", "engine.tokenizer.", "engine.hub."),
 )
 

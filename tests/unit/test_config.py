@@ -198,7 +198,9 @@ def test_paths_are_looked_for_beside_the_file_then_above_it(tmp_path: Path, monk
     for folder in (configs / "near", configs / "both", tmp_path / "both", tmp_path / "checkpoints" / "d", elsewhere):
         folder.mkdir(parents=True)
     monkeypatch.chdir(elsewhere)
-    text = "models: [{path: PATH, pipeline: speculative, draft: {path: DRAFT}}]"
+    text = (
+        "models: [{path: PATH, pipeline: speculative, draft: {path: DRAFT}, verifier: {name: diversed, head: DRAFT}}]"
+    )
     for path, draft, expected in (
         ("near", "checkpoints/d", (configs / "near", tmp_path / "checkpoints/d")),
         ("both", "../checkpoints/d/", (configs / "both", tmp_path / "checkpoints/d")),
@@ -211,12 +213,15 @@ def test_paths_are_looked_for_beside_the_file_then_above_it(tmp_path: Path, monk
         for where in (file, Path("../configs/a.yaml")):
             model = load(where).models[0]
             assert model.draft is not None and (model.path, model.draft.path) == tuple(map(str, expected))
+            assert model.verifier.head == model.draft.path
     # Overrides come from the command line, whose paths are those of the working directory.
     model = load(file, ("models.0.path=near", "models.0.draft.path=both")).models[0]
     assert model.draft is not None and (model.path, model.draft.path) == ("near", "both")
 
 
-@pytest.mark.parametrize("text", ["models: 3", "models: [3]", "models: [{path: 3}]", "models: [{draft: x}]"])
+@pytest.mark.parametrize(
+    "text", ["models: 3", "models: [3]", "models: [{path: 3}]", "models: [{draft: x}]", "models: [{verifier: [x]}]"]
+)
 def test_paths_of_a_wrong_file_are_no_worse_than_the_file(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match="expected"):
         load(written(tmp_path, text))

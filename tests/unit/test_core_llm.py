@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import ConfigError, ContextLengthExceeded, InvalidRequest, StepFailed
 from engine.llm import LLM, configure
-from engine.types import FinishReason, SamplingParams, Usage
+from engine.types import FinishReason, SamplingParams, SpeculationParams, SpeculationReport, Usage
 from tests.unit.fake_worker import FAIL_REQUEST, answer, write_checkpoint
 
 WORKER = "tests.unit.fake_worker:FakeWorker"
@@ -43,6 +45,23 @@ def test_a_stop_string_leaves_nothing_behind(llm: LLM) -> None:
     (stopped,) = llm.generate(["x" * 26], SamplingParams(max_tokens=400, stop=("bc",)))
     assert (stopped.text, stopped.stop_reason, stopped.usage.completion_tokens) == ("a", "bc", 3)
     assert llm._core.stats().running == 0 and llm._core.num_states() == 0
+
+
+def test_a_verifier_is_checked_settled_and_reported(tmp_path: Path) -> None:
+    verifier = {"knobs": {"target_weight": 0.9}, "name": "ensemble", "max_bias": 0.5}
+    settings: dict[str, Any] = {"pipeline": "speculative", "draft": {"drafter": "ngram"}, "verifier": verifier}
+    with LLM(str(write_checkpoint(tmp_path, lookahead=3, drafts=1)), worker=WORKER, **settings) as llm:
+        (mine,) = llm.generate("hello", SamplingParams(9), SpeculationParams(knobs=(("target_weight", 0.5),)))
+        (greedy,) = llm.generate("hello", SamplingParams(9, temperature=0))
+        (strict,) = llm.generate("hello", SamplingParams(9), SpeculationParams(verifier="strict"))
+        for refused in (SpeculationParams(verifier="typical"), SpeculationParams(knobs=(("target_weight", 0.1),))):
+            with pytest.raises(InvalidRequest, match=r"by 0\.5 at most"):
+                llm.generate("hello", SamplingParams(9), refused)
+    assert mine.text == greedy.text == strict.text == answer(5, 9) and strict.speculation is None
+    rounds = SpeculationReport(2, 6, 6, (0, 0, 0, 2), 9, bias=6 / 4, verifier="ensemble")  # behind the prompt's token
+    assert mine.speculation == replace(rounds, knobs=(("target_weight", 0.5),), decoder="relaxed", bias_bound=0.5)
+    assert greedy.speculation is not None and greedy.speculation.decoder == "relaxed_greedy"
+    assert (greedy.speculation.bias_bound, greedy.speculation.knobs) == (None, (("target_weight", 0.9),))
 
 
 def test_bad_requests_are_refused_before_anything_runs(llm: LLM) -> None:

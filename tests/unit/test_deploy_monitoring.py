@@ -6,6 +6,7 @@ import functools
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import promql_parser
@@ -14,6 +15,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.types import ModelInfo
+from engine.verification import VerifierCard
 from server.metrics import Metrics
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -25,6 +27,7 @@ RULES = [
 ]
 PROMETHEUS_LABELS = {"job", "instance", "alertname", "alertstate"}  # what Prometheus adds to every series
 INFO = ModelInfo("m", "demo", 8192, 49152, (2,), 16, 700, 1, "fp16", "speculative", max_draft=3)
+INFO = replace(INFO, verifier="strict", verifiers=(VerifierCard("strict", True, "exact"),))
 
 
 @functools.cache

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from engine.scheduling.drafting import PATIENCE, PROBE, DraftControl, survival_rate
-from engine.types import Capacity, CostTable, DecodeTraits, ScheduledSeq, SeqResult, Sequence, SpeculationParams
+from engine.types import (
+    Capacity,
+    CostTable,
+    DecodeTraits,
+    ScheduledSeq,
+    SeqResult,
+    Sequence,
+    SpeculationParams,
+    VerifierStats,
+)
+from engine.verification import VerifierCard
 from tests.unit.fakes import VOCAB, Driver, SpeculativeDevice, make_request, make_scheduler
 
 FLAT = ((1, 1.0), (64, 1.0))  # the width is free
@@ -129,3 +140,20 @@ def test_no_draft_is_longer_than_what_is_left_to_say(max_tokens: int, lookahead:
     scheduler = make_scheduler(SpeculativeDevice.traits, blocks=32)
     scheduler.add(make_request("a", 4, max_tokens))
     assert scheduler.schedule().items[0].lookahead == lookahead
+
+
+def test_rounds_are_told_by_verifier() -> None:
+    """Of what requests name; those that name nothing have the server's own, which comes first on the list."""
+    card = VerifierCard("own", True, "The server's.")
+    traits = DecodeTraits(lookahead=5, drafts=True)
+    drafting = DraftControl(Capacity(64, 4, 256, VOCAB, traits, verifiers=(card, replace(card, name="other"))))
+    item = ScheduledSeq("a", 0, (1,), 5, (0,))
+    rounds = [("", 3, 1, (0.25, 0.0)), ("other", 2, 2, ()), ("own", 4, 0, (0.5,)), ("other", 0, 0, ())]
+    for name, drafted, accepted, bias in rounds:
+        new = (1,) * (accepted + 1)
+        drafting.observe(
+            sequence(verifier=name), item, SeqResult("a", new, 1, drafted=drafted, accepted=accepted, bias=bias)
+        )
+    own, other = drafting.by_verifier()
+    assert own == VerifierStats("own", rounds=2, drafted=7, accepted=1, tokens=3, bias=0.75)
+    assert other == VerifierStats("other", rounds=1, drafted=2, accepted=2, tokens=3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,31 +59,31 @@ ROUNDS: list[Round] = [("a", 0, 0), ("bcd", 4, 2), ("e", 3, 0), ("fghij", 4, 4),
 
 
 @pytest.mark.parametrize(
-    ("stop", "text", "report"),
+    ("stop", "text", "tokens", "report"),
     [
-        ((), "abcdefghijklm", SpeculationReport(4, 12, 7, (1, 1, 1, 0, 1))),
-        (("a",), "", SpeculationReport()),  # before the first round
-        (("b",), "a", SpeculationReport(1, 4, 1, (0, 1))),  # the first of two that stood
-        (("c",), "ab", SpeculationReport(1, 4, 2, (0, 0, 1))),  # the last one that stood
-        (("d",), "abc", SpeculationReport(1, 4, 2, (0, 0, 1))),  # the target's own token
-        (("e",), "abcd", SpeculationReport(2, 7, 2, (1, 0, 1))),
-        (("gh",), "abcdef", SpeculationReport(3, 11, 5, (1, 0, 1, 1))),
-        (("def",), "abc", SpeculationReport(3, 11, 3, (1, 1, 1))),  # held back over three rounds
-        (("zz",), "abcdefghijklm", SpeculationReport(4, 12, 7, (1, 1, 1, 0, 1))),
+        ((), "abcdefghijklm", 13, SpeculationReport(4, 12, 7, (1, 1, 1, 0, 1))),
+        (("a",), "", 1, SpeculationReport()),  # before the first round
+        (("b",), "a", 2, SpeculationReport(1, 4, 1, (0, 1))),  # the first of two that stood
+        (("c",), "ab", 3, SpeculationReport(1, 4, 2, (0, 0, 1))),  # the last one that stood
+        (("d",), "abc", 4, SpeculationReport(1, 4, 2, (0, 0, 1))),  # the target's own token
+        (("e",), "abcd", 5, SpeculationReport(2, 7, 2, (1, 0, 1))),
+        (("gh",), "abcdef", 8, SpeculationReport(3, 11, 5, (1, 0, 1, 1))),
+        (("def",), "abc", 6, SpeculationReport(3, 11, 3, (1, 1, 1))),  # held back over three rounds
+        (("zz",), "abcdefghijklm", 13, SpeculationReport(4, 12, 7, (1, 1, 1, 0, 1))),
     ],
 )
 def test_the_report_ends_where_the_answer_ends(
-    tokenizer: Tokenizer, stop: tuple[str, ...], text: str, report: SpeculationReport
+    tokenizer: Tokenizer, stop: tuple[str, ...], text: str, tokens: int, report: SpeculationReport
 ) -> None:
     events = run(tokenizer, ROUNDS, stop=stop)
     assert "".join(event.text for event in events) == text
-    assert events[-1].speculation == report
+    assert events[-1].speculation == replace(report, tokens=tokens) and events[-1].usage.completion_tokens == tokens
     assert [event.speculation for event in events[:-1]] == [None] * (len(events) - 1)
 
 
 def test_only_those_who_ask_get_a_report(tokenizer: Tokenizer) -> None:
     assert run(tokenizer, ROUNDS, report=False)[-1].speculation is None
-    assert run(tokenizer, [("abc", 0, 0)])[-1].speculation == SpeculationReport()
+    assert run(tokenizer, [("abc", 0, 0)])[-1].speculation == SpeculationReport(tokens=3)
 
 
 def test_merged_events_keep_the_report(tokenizer: Tokenizer) -> None:
@@ -109,6 +111,42 @@ def test_origins_follow_the_rounds(tokenizer: Tokenizer, stop: tuple[str, ...], 
 def test_a_token_behind_a_leaf_of_a_tree_is_a_bonus(tokenizer: Tokenizer) -> None:
     (event,) = run(tokenizer, [("abc", 16, 2)], leaf=True)
     assert event.origins == "ddb"
+
+
+@pytest.mark.parametrize(
+    ("stop", "temperature", "tokens", "bias", "decoder", "bound"),
+    [
+        ((), 1.0, 13, 0.125 * 3 + 0.25 * 2, "relaxed", 0.3),
+        (("c",), 1.0, 3, 0.125 * 2, "relaxed", 0.3),  # behind the second that stood
+        (("def",), 1.0, 6, 0.125 * 2 + 0.25 * 2, "relaxed", 0.3),
+        ((), 0.0, 13, 0.125 * 3 + 0.25 * 2, "relaxed_greedy", None),
+    ],
+)
+def test_bias_is_that_of_the_answers_tokens(
+    tokenizer: Tokenizer,
+    stop: tuple[str, ...],
+    temperature: float,
+    tokens: int,
+    bias: float,
+    decoder: str,
+    bound: float | None,
+) -> None:
+    """An update may have no bias at all: then its tokens have none."""
+    told = {"bcd": (0.125, 0.125, 0.25), "e": (0.25,), "lm": (0.125, 0.0)}
+    wish = SpeculationParams(report=True, verifier="ensemble", knobs=(("target_weight", 0.7),), bias_bound=0.3)
+    sampling = SamplingParams(1000, temperature, stop=stop)
+    output = RequestOutput(Request("r", (1,), sampling, speculation=wish), tokenizer)
+    report = None
+    for i, (text, drafted, accepted) in enumerate(ROUNDS):
+        finish = FinishReason.LENGTH if i == len(ROUNDS) - 1 else None
+        update = SeqUpdate("r", tuple(text.encode()), finish=finish, drafted=drafted, accepted=accepted)
+        event = output.take(replace(update, bias=told.get(text, ())), 0.0)
+        if event is not None and event.finish is not None:
+            report = event.speculation
+            break
+    assert report is not None
+    assert (report.tokens, report.bias, report.decoder, report.bias_bound) == (tokens, bias, decoder, bound)
+    assert (report.verifier, report.knobs) == ("ensemble", (("target_weight", 0.7),))
 
 
 def test_only_those_who_ask_get_origins(tokenizer: Tokenizer) -> None:

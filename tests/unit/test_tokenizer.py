@@ -100,6 +100,25 @@ def test_tokens_that_the_config_calls_special_are_special(tmp_path: Path) -> Non
         assert tokenizer.decode([*_ids("a"), END], skip_special_tokens=False) == "a" + WORD
 
 
+@pytest.mark.parametrize(
+    ("tokens", "named"),
+    [
+        (["<think>", "</think>"], ("<think>", "</think>")),
+        (["</think>", "x", "<think>"], ("<think>", "</think>")),
+        (["[THINK]", "[/THINK]"], ("[THINK]", "[/THINK]")),
+        (["<|START_THINKING|>", "<|END_THINKING|>", "<think>"], ("<|START_THINKING|>", "<|END_THINKING|>")),
+        (["<think>"], None),
+        (["<think>", "[/THINK]"], None),
+        ([], None),
+    ],
+)
+def test_thinking_is_between_two_added_tokens(tokens: list[str], named: tuple[str, str] | None) -> None:
+    backend = Tokenizer(models.BPE(vocab={"<": 0, "t": 1}, merges=[]))
+    backend.add_tokens([AddedToken(token, special=False) for token in tokens])
+    thinking = OurTokenizer(backend).thinking
+    assert thinking == (None if named is None else tuple(backend.token_to_id(token) for token in named))
+
+
 def test_bytes_of_tokens_join_to_characters() -> None:
     tokenizer = demo_tokenizer()
     text = "H\u00e9llo \U0001f600 \u6f22\u5b57\n\t1\x00"
