@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.config import EngineConfig, SchedulerConfig
 from engine.core import EngineCore
-from engine.protocols import Delta, Dense, DraftAsk, DraftProposal, DraftSampler, Pipeline
+from engine.protocols import Delta, Dense, DraftAsk, DraftProposal, DraftSampler, Pipeline, Scalar
 from engine.runtime.batch import AttentionMode, SeqInput
 from engine.types import (
     Admission,
@@ -30,6 +30,7 @@ from engine.types import (
     StepOutput,
     StepPlan,
     TokenLogprob,
+    VerifierStats,
 )
 
 VOCAB = 3
@@ -119,18 +120,27 @@ class SegmentRunner:
             contexts += [context(seen[: at + 1]) for at in range(item.start - first, len(seen))]
         return self.segments.target[torch.tensor(contexts)[list(rows)]]
 
+    def forward_with_states(
+        self, inputs: Sequence[SeqInput], rows: Sequence[int], mode: AttentionMode = AttentionMode.CAUSAL
+    ) -> tuple[Tensor, Tensor]:
+        """The states are the logits."""
+        logits = self.forward(inputs, rows, mode)
+        return logits, logits
+
 
 @dataclass
 class SegmentDrafter:
     """See `protocols.Drafter`. `kind`: one after another by the tokens before (chain), or each alone (marginals).
 
-    `cut` shortens drafts: by margins, which is fair, or by the probability of the token that was drawn, which is not.
+    Hidden states are the logits. `cut` shortens drafts: by margins, which is fair, or by the probability of the token
+    that was drawn, which is not.
     """
 
     segments: Segments
     kind: str = "chain"
     cut: str = ""
     most: int = 3
+    scores: bool = True
     tokens: dict[str, list[int]] = field(default_factory=dict)
 
     def admit(self, request_id: str, tokens: Sequence[int]) -> None:
@@ -147,27 +157,31 @@ class SegmentDrafter:
         known = [self.tokens[ask.request_id] for ask in asks]
         at = torch.tensor([context(tokens) for tokens in known])
         place, marginals = torch.tensor([len(tokens) for tokens in known]), self.segments.marginals
+        warmth = torch.tensor([[ask.temperature] for ask in asks])
         drawn: list[Tensor] = []
         laws: list[Tensor] = []
-        margins: list[Tensor] = []
+        rows: list[Tensor] = []
         for step in range(most):
             logits = self.segments.draft[at] if self.kind == "chain" else marginals[(place + step) % LENGTH]
             tokens, law = logits.argmax(1), logits.softmax(1)
             if sampler is not None:
                 tokens, law = sampler.draw(logits, range(n), (step,) * n)
-            best = logits.topk(2, dim=1).values
-            drawn, laws, margins = [*drawn, tokens], [*laws, law], [*margins, best[:, 0] - best[:, 1]]
+            drawn, laws, rows = [*drawn, tokens], [*laws, law], [*rows, logits]
             at = self.segments.following[at, tokens]
-        chains, probs, gaps = torch.stack(drawn, 1), torch.stack(laws, 1), torch.stack(margins, 1)
+        chains, probs, hidden = torch.stack(drawn, 1), torch.stack(laws, 1), torch.stack(rows, 1)
+        best = hidden.topk(2, dim=2).values
+        gaps = best[:, :, 0] - best[:, :, 1]
+        own = (hidden / warmth.unsqueeze(2)).softmax(2).gather(2, chains.unsqueeze(2)).squeeze(2)
+        marginal = Scalar(own.where(warmth > 0, 0.0)) if warmth.any() else None
         limits = torch.tensor([ask.limit for ask in asks])
         keep = torch.arange(most) < limits.unsqueeze(1)
         if self.cut:
-            own = probs.gather(2, chains.unsqueeze(2)).squeeze(2)
-            keep &= gaps > 0.7 if self.cut == "margin" else own > 0.4
+            drawn_with = probs.gather(2, chains.unsqueeze(2)).squeeze(2)
+            keep &= gaps > 0.7 if self.cut == "margin" else drawn_with > 0.4
         lengths = keep.long().cumprod(1).sum(1)
         chains = chains.masked_fill(torch.arange(most) >= lengths.unsqueeze(1), -1)
         law_of = Delta() if sampler is None else Dense(probs)
-        return DraftProposal(chains, tuple(lengths.tolist()), law_of, margins=gaps)
+        return DraftProposal(chains, tuple(lengths.tolist()), law_of, marginal, hidden, margins=gaps)
 
 
 def requests(n: int, length: int = 24, prompt: int = LENGTH, **sampling: object) -> list[Request]:
@@ -243,11 +257,21 @@ class Answer:
     finish: FinishReason | None = None
     drafted: int = 0
     accepted: int = 0
+    bias: list[float] = field(default_factory=list)
     preemptions: int = 0
 
 
-def serve(pipeline: Pipeline, asked: Sequence[Request], num_blocks: int = 512, lag: int = 0) -> dict[str, Answer]:
-    """The requests' answers through the engine's core; every block and state is given back."""
+def serve(
+    pipeline: Pipeline,
+    asked: Sequence[Request],
+    num_blocks: int = 512,
+    lag: int = 0,
+    stats: dict[str, VerifierStats] | None = None,
+) -> dict[str, Answer]:
+    """The requests' answers through the engine's core; every block and state is given back.
+
+    `stats` gains what was told of each verifier's rounds.
+    """
     config = EngineConfig(scheduler=SchedulerConfig(lag=lag))
     core = EngineCore(PipelineWorker(pipeline, num_blocks), config)
     found = {request.id: Answer() for request in asked}
@@ -262,10 +286,13 @@ def serve(pipeline: Pipeline, asked: Sequence[Request], num_blocks: int = 512, l
             answer.finish = update.finish
             answer.drafted += update.drafted
             answer.accepted += update.accepted
+            answer.bias += update.bias or (0.0,) * len(update.token_ids)
             answer.preemptions = update.preemptions
         core.check_integrity()
     core.settle()
     assert pipeline.num_states() == 0
+    if stats is not None:
+        stats.update({each.name: each for each in core.stats().verifiers})
     return found
 
 

@@ -13,7 +13,7 @@ _SAMPLE = 256  # bytes of a tensor at its begin, middle and end
 _ESSENTIALS = (
     "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "hidden_act rms_norm_eps rope_theta rope_scaling vocab_size draft_vocab_size block_size dflash_config"
-).split()
+)
 
 
 def fingerprint(folder: Path) -> str:
@@ -28,7 +28,7 @@ def fingerprint(folder: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelLoadError(f"{folder.name}: it can't be told which network this is: {error}") from error
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    essentials = {key: text[key] for key in _ESSENTIALS if text.get(key) is not None}
+    essentials = {key: text[key] for key in _ESSENTIALS.split() if text.get(key) is not None}
     digest = hashlib.sha256(json.dumps(essentials, sort_keys=True).encode())
     for name, description, sample in entries:
         digest.update(f"\n{name} {description} ".encode())

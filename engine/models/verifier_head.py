@@ -69,8 +69,8 @@ def load_head(folder: Path, target: PairPart, draft: PairPart, device: torch.dev
     for name, ours, given in (("target", spec.target_width, target.width), ("draft", spec.draft_width, draft.width)):
         if ours != given:
             raise settings_error(settings, f"{name}_width is {ours}, but hidden states of this {name} have {given}")
-    for name, ours, part in (("target", spec.target, target), ("draft", spec.draft, draft)):
-        if ours != fingerprint(part.folder):
+    for name, known, part in (("target", spec.target, target), ("draft", spec.draft, draft)):
+        if known != fingerprint(part.folder):
             raise settings_error(
                 settings,
                 f"{name}_fingerprint is not that of {part.folder.name}: this head was trained for another {name}, "
@@ -121,7 +121,9 @@ def settings_error(settings: Settings, reason: str) -> ModelLoadError:
 def _spec(settings: Settings) -> HeadSpec:
     kinds = settings.raw("architectures")
     if not isinstance(kinds, list) or ARCHITECTURE not in kinds:
-        raise settings_error(settings, f"architectures is {json.dumps(kinds)[:80]}; a verifier's head is {ARCHITECTURE}")
+        raise settings_error(
+            settings, f"architectures is {json.dumps(kinds)[:80]}; a verifier's head is {ARCHITECTURE}"
+        )
     if (version := settings.integer("head_version")) != VERSION:
         raise settings_error(settings, f"head_version is {version}; version {VERSION} can be read")
     spec = HeadSpec(

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.attention.paged_cpu import PagedCpuAttention
+from engine.errors import ModelLoadError
 from engine.models.adapter import DecoderAdapter
 from engine.models.context import PagedContext, ProbeContext, Taps
 from engine.models.fused.attention import FusedAttention
@@ -14,6 +15,8 @@ from engine.models.fused.layer import FusedLayer
 from engine.models.fusion import fused_levels
 from engine.runtime.batch import SeqInput, pack
 from engine.runtime.kv_cache import PagedKVCache
+from engine.runtime.runner import ModelRunner
+from engine.runtime.weights import pack_linears
 from tests.contract import paged
 from tests.families import LAYERS, VOCAB, family, random_model
 
@@ -65,6 +68,39 @@ def test_taps_are_the_outputs_of_layers(name: str, wanted: tuple[int, ...]) -> N
     for layer in wanted:
         assert got.states[layer].shape == (TOKENS, 64)
         assert_close(got.states[layer], expected.states[layer])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("form", ["plain", "fused", "packed"])
+def test_states_are_what_the_output_head_reads(name: str, form: str) -> None:
+    """The last hidden states of transformers, after the final norm, at the rows that are asked for; nothing is left."""
+    made = lab(name) if form == "plain" else lab(name).fuse()
+    if form == "packed":
+        pack_linears(made.adapter.model)
+    runner = ModelRunner(made.adapter, made.cache, PagedCpuAttention())
+    inputs, rows = [SeqInput(list(range(3, 3 + TOKENS)), 0, (2, 0, 1), TOKENS)], [7, 2, 8]
+    logits, states = runner.forward_with_states(inputs, rows)
+    original = random_model(family(name).config())
+    with torch.inference_mode():
+        out = original(torch.arange(3, 3 + TOKENS)[None], output_hidden_states=True)
+    assert states.shape == (3, 64) and states.dtype == torch.float32
+    torch.testing.assert_close(
+        states, out.hidden_states[-1][0, rows], rtol=0.0, atol=0.02 if form == "packed" else 2e-4
+    )
+    assert torch.equal(logits, runner.forward(inputs, rows))
+    assert not any(module._forward_pre_hooks for module in made.adapter.model.modules())
+
+
+def test_a_head_that_is_never_called_gives_no_states() -> None:
+    made = lab("llama")
+    model = made.adapter.model
+    head, weight = model.get_output_embeddings(), model.get_output_embeddings().weight
+    model.lm_head = torch.nn.Identity()
+    model.lm_head.forward = lambda hidden: hidden @ weight.T
+    model.get_output_embeddings = lambda: head
+    runner = ModelRunner(made.adapter, made.cache, PagedCpuAttention())
+    with pytest.raises(ModelLoadError, match="output head"):
+        runner.forward_with_states([SeqInput([3, 4], 0, (2, 0), 2)], [1])
 
 
 def test_taps_of_fused_layers_without_a_fused_backbone() -> None:

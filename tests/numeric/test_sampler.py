@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -208,3 +209,27 @@ def test_greedy_law_is_one_hot() -> None:
 def test_an_empty_batch_gives_nothing() -> None:
     sampled = Sampler(5).sample(torch.zeros(0, 8), [])
     assert sampled.tokens.shape == sampled.failed.shape == (0,) and not sampled.logprobs
+
+
+def test_a_soft_law_of_a_greedy_row_is_that_of_temperature_1_without_truncation() -> None:
+    """Rules hold, the other rows' laws stay as they are, and its best token is the one that is taken."""
+    chance = random.Random(5)
+    states = [random_state(chance, 60) for _ in range(60)]
+    logits = 3 * torch.randn(60, 60, generator=torch.Generator().manual_seed(2))
+    sampler, logits[7, 3] = Sampler(60), NAN
+    hard, soft = sampler.processed_log_probs(logits, states), sampler.processed_log_probs(logits, states, soft=True)
+    taken = sampler.sample(logits, states).tokens
+    greedy = [i for i, each in enumerate(states) if each.greedy]
+    assert 8 < len(greedy) < 50 and any(each.ruled for each in (states[i] for i in greedy))
+    for i, each in enumerate(states):
+        if i == 7:
+            assert soft[i].isnan().all()
+        elif each.greedy:
+            whole = replace(each.sampling, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+            same = SamplingState(Request("r", (1, 2, 3), whole))
+            for name in ("counts", "_bans", "_min_bans", "num_outputs", "allowed", "bias"):
+                setattr(same, name, getattr(each, name))
+            assert torch.equal(soft[i], sampler.processed_log_probs(logits[i : i + 1], [same])[0])
+            assert soft[i].argmax() == taken[i]
+        else:
+            assert torch.equal(soft[i], hard[i])

@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.pipelines.coins import Coins
 from engine.protocols import Delta, Dense, DraftProposal, Rows, Scalar, TargetRows
 from engine.verifiers.kernel import left_over
-from tests.enumeration import KNOBS, LOW, Given, exact, made, rows_of
+from tests.enumeration import HIGH, KNOBS, LOW, Given, exact, made, rows_of
 from tests.laws import Luck, pairs, states
 from tests.verdicts import CPU, LOOSEST, NEVER, WEIGHING, batch, drawn_laws, same, verified
 
@@ -121,6 +121,22 @@ def test_a_draft_law_that_is_no_number_costs_the_draft_and_nothing_else(name: st
     assert torch.equal(weights, target.log_probs[drafts, steps].double())
 
 
+@pytest.mark.parametrize("name", WEIGHING)
+def test_a_draft_law_with_one_broken_entry_still_gives_laws_to_draw_from(name: str) -> None:
+    log_p, g, _, _ = pairs(6, 1.0)
+    g[:, 3] = float("nan")
+    n = len(g)
+    rows = rows_of(log_p.unsqueeze(1).expand(n, 2, 6), KNOBS.get(name, {}), states=torch.zeros(n, 2, 1))
+    coins = Given(torch.full((n, 1), HIGH, dtype=torch.float64))  # refuses laws that are no numbers
+    proposal = DraftProposal(
+        torch.arange(n).unsqueeze(1) % 6, (1,) * n, Dense(g.unsqueeze(1)), None, torch.ones(n, 1, 1)
+    )
+    verdict = made(name).verify(proposal, replace(rows, chance=coins))
+    assert len(coins.asked) == int((verdict.accepted == 0).sum()) > n / 6
+    assert all(not law.isnan().any() for law in coins.asked.values())
+    assert verdict.bias is None or bool(verdict.bias.isfinite().all())
+
+
 @pytest.mark.parametrize("name", ["ensemble", "bounded", "diversed"])
 def test_an_opinion_that_is_no_number_leaves_the_targets_law(name: str) -> None:
     tokens, target = batch(400, 3, 6, seed=7)
@@ -147,7 +163,7 @@ def test_draft_vocabularies_may_be_smaller_or_padded(name: str) -> None:
 
 @pytest.mark.parametrize("name", WEIGHING)
 def test_tokens_that_a_draft_vocabulary_lacks_are_not_its_own(name: str) -> None:
-    """Drawn ones never stand, even at the lowest coin. Of chosen ones the draft thinks nothing: q does not raise them."""
+    """Drawn ones never stand, even at the lowest coin; of chosen ones the draft thinks nothing, and raises none."""
     log_p, rows, tokens = torch.full((2, 2, 6), 1 / 6).log(), torch.full((2, 1, 5), 0.2), torch.tensor([[5], [4]])
     target = rows_of(log_p, LOOSEST.get(name, {}), states=torch.zeros(2, 2, 1))
     cases: list[tuple[Delta | Dense, float]] = [(Dense(rows), LOW)]

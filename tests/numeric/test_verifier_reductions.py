@@ -114,3 +114,16 @@ def test_equal_laws_always_accept_and_their_residual_is_a_law(name: str) -> None
         rows = rows_of(sure.expand(1, 2, 3), KNOBS.get(name, {}), states=torch.zeros(1, 2, 1))
         verdict = made(name).verify(proposal, replace(rows, chance=coins))
         assert verdict.accepted.tolist() == [1] and not coins.asked
+
+
+def test_where_nothing_is_left_it_is_the_targets_law() -> None:
+    """p = g, whatever it looks like, and p at one token alone: a draw must be possible if rounding calls for one."""
+    spread = dirichlet(1, 6, 1.0, 3).masked_fill(torch.arange(6) == 2, NEVER).log_softmax(1)
+    sure = torch.full((1, 6), NEVER).index_fill(1, torch.tensor([4]), 0.0)
+    none = torch.zeros(1, dtype=torch.int64)
+    for log_p, more in ((spread, 1.001), (sure, 1.0)):
+        rows = log_p.unsqueeze(1).expand(1, 2, 6)
+        left = left_over(Dense(log_p.exp().unsqueeze(1) * more), rows)(none, none)  # g no less than p anywhere
+        assert torch.equal(left, log_p.double())
+    target = replace(rows_of(sure.unsqueeze(1).expand(1, 2, 6), {}), chance=Luck(1, 1, 1))
+    assert torch.equal(without_token(Drafted(Delta(), torch.tensor([[4]]), target))(none, none), sure.double())
