@@ -171,7 +171,7 @@ class DecodeTraits:
     lookahead: int = 0  # positions past the last committed token that one step may write
     chunkable: bool = True  # may a prompt be computed over several steps
     prefix_cacheable: bool = True  # is a full block's KV a pure function of the tokens up to its end
-    drafts: bool = False  # lookahead positions hold drafts: fewer of them, or none, give the same tokens
+    drafts: bool = False  # lookahead positions hold drafts: fewer of them, or none, are allowed
     depth: int = 0  # of drafts: most of them that one round may commit, fewer than `lookahead` where they are trees
 
     @property

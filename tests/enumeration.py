@@ -200,8 +200,8 @@ def written(
     drafts = [text for text in drafts if not any(stops(text[:at]) for at in range(1, len(text)))]
     drafts = [text for text in drafts if len(text) == width or stops(text)]
     drafts = [text for text in drafts if chance_of(draft, text) > 0]
-    rows, laws = torch.zeros(len(drafts), width + 1, size), torch.zeros(len(drafts), width, size)
-    rows, tokens = rows.log(), torch.full((len(drafts), width), -1)
+    rows, laws = torch.zeros(len(drafts), width + 1, size).log(), torch.ones(len(drafts), width, size) / size  # padding
+    tokens = torch.full((len(drafts), width), -1)
     for i, text in enumerate(drafts):
         tokens[i, : len(text)] = torch.tensor(text)
         for at in range(len(text) + 1):

@@ -55,12 +55,13 @@ def size_pool(
     A draft's pool has a block for each of the target's, so the two share the memory; its scratch comes on top.
     """
     device = loaded.placement.device
-    drafting = 0
+    # Laws of all rows, once as they are computed and once laid out by draft, if all requests have a verifier with laws.
+    drafting = 2 * 4 * config.scheduler.max_num_seqs * (1 + lookahead) * loaded.adapter.vocab_size if lookahead else 0
     if draft is not None:
         each = draft.block_bytes(config.kv.block_size)
         bytes_per_block += each
         drafted = config.scheduler.max_num_seqs * draft.most  # rows, with their logits twice
-        drafting = scratch_blocks(config, draft) * each + 2 * 4 * drafted * loaded.adapter.vocab_size
+        drafting += scratch_blocks(config, draft) * each + 2 * 4 * drafted * loaded.adapter.vocab_size
     if device.type == "cpu":
         text = loaded.adapter.config
         intermediate = getattr(text, "intermediate_size", None) or 4 * text.hidden_size

@@ -48,7 +48,6 @@ def weights(drafted: Drafted[Dense]) -> tuple[Tensor, Tensor]:
     ratio = log_ratios(drafted.law, drafted).exp()
     before, passes = torch.ones_like(ratio), torch.zeros_like(ratio)
     width, size = ratio.shape[1], drafted.log_probs.shape[2]
-    lengths = (drafted.tokens >= 0).sum(1)
     for step in range(width):
         weight = (before[:, step] * ratio[:, step]).clamp(max=1.0)
         passes[:, step] = weight
@@ -58,7 +57,6 @@ def weights(drafted: Drafted[Dense]) -> tuple[Tensor, Tensor]:
         p, g = drafted.log_probs[:, step + 1].exp(), widened(drafted.law.probs[:, step + 1], size)
         left = (p * weight.unsqueeze(1)).sub_(g).clamp_(min=0).sum(1)
         share = (left / (left + 1 - weight)).nan_to_num(1.0)  # 0 / 0: both laws agree, and nothing speaks against it
-        # The draft ends here if its tokens do, or if the next row has no law on either side.
-        ends = (lengths <= step + 1) | ~drafted.live[:, step + 1] | left.isnan()
+        ends = (drafted.tokens[:, step + 1] < 0) | left.isnan()  # so does a draft before a row without a law
         passes[:, step] = torch.where(ends, weight, share)
     return before, passes

@@ -109,7 +109,7 @@ def _or_target(weights: Tensor, log_p: Tensor) -> Tensor:
 
 
 def own_mass(proposal: DraftProposal) -> Tensor:
-    """What the draft thinks of its tokens; 0 where it says nothing sensible."""
+    """What the draft thinks of its tokens; 0 for tokens that it does not know. Where it is NaN, no rule is in force."""
     match proposal.marginal:
         case Scalar():
             mass = proposal.marginal.probs
@@ -118,7 +118,7 @@ def own_mass(proposal: DraftProposal) -> Tensor:
             mass = at_tokens(rows, proposal.tokens).where(proposal.tokens < rows.shape[2], 0.0)
         case None:
             raise AssertionError("this verifier goes with drafters that score their tokens")
-    return mass.double().nan_to_num(0.0, 0.0, 0.0).clamp(0.0, 1.0)
+    return mass.double()
 
 
 def chosen(drafted: Drafted[Delta], wanted: Tensor | None = None) -> Verdict:
@@ -205,7 +205,7 @@ def left_over(law: Dense, log_probs: Tensor, weight: Tensor | None = None, share
 
 def widened(probs: Tensor, size: int) -> Tensor:
     """Rows of laws over a vocabulary of `size` tokens: the draft's may be smaller, or padded."""
-    return probs[..., :size] if probs.shape[-1] >= size else pad(probs, (0, size - probs.shape[-1]))
+    return probs if probs.shape[-1] == size else pad(probs, (0, size - probs.shape[-1]))
 
 
 def mixed(drafted: Drafted[Dense], weigh: Callable[[Tensor], Tensor]) -> Verdict:

@@ -84,16 +84,20 @@ def test_costs_cut_what_is_unlikely() -> None:
 
 def test_a_drawn_token_is_kept_whatever_the_margins_behind_it_say() -> None:
     """Those may tell of the token itself. Where nothing is drawn, a sure token makes one before it worth its row."""
-    kept: dict[bool, list[int]] = {False: [], True: []}
+    probs = torch.full((2, 2, VOCAB), 1 / VOCAB)
+    laws: dict[str, Delta | Dense] = {"none": Delta(), "all": Dense(probs)}
+    laws |= {"the other": Dense(probs[:1], (0,)), "it": Dense(probs[:1], (1,))}
+    kept: dict[str, list[int]] = {name: [] for name in laws}
     for drawn, kinds in kept.items():
         for behind in (40.0, -40.0):
             shaper = Shaper()
             shaper.set_costs(((1, 1.0), (3, 1.0), (4, 1.15), (5, 1.15), (64, 30.0)), (), ())
             for margins in ([1.0, 1.0], [-1.37, behind]):
-                law = Dense(torch.full((2, 2, VOCAB), 1 / VOCAB)) if drawn else Delta()
-                shape = shaper.shape(shares(2), 2, replace(proposal([[40.0, 0.0], margins], (1, 2)), law=law))
+                whole = replace(proposal([[40.0, 0.0], margins], (1, 2)), law=laws[drawn])
+                shape = shaper.shape(shares(2), 2, whole)
             kinds.append(min(1, shape.proposal.lengths[1]))
-    assert kept[False] == [1, 0] and kept[True] in ([0, 0], [1, 1])
+    assert kept["none"] == kept["the other"] == [1, 0]
+    assert kept["all"] == kept["it"] and kept["it"] in ([0, 0], [1, 1])
 
 
 def test_trees_where_they_promise_more() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from engine.protocols import Delta, Dense, DraftProposal, Scalar, TargetRows
+from engine.verifiers.block import weights
 from engine.verifiers.kernel import Drafted, left_over, without_token
 from tests.enumeration import HIGH, KNOBS, NEUTRAL, Given, exact, exact_diversed, made, rows_of
 from tests.laws import Luck, dirichlet
@@ -114,6 +115,16 @@ def test_equal_laws_always_accept_and_their_residual_is_a_law(name: str) -> None
         rows = rows_of(sure.expand(1, 2, 3), KNOBS.get(name, {}), states=torch.zeros(1, 2, 1))
         verdict = made(name).verify(proposal, replace(rows, chance=coins))
         assert verdict.accepted.tolist() == [1] and not coins.asked
+
+
+def test_a_block_of_equal_laws_passes_at_every_length() -> None:
+    """Nothing is left and nothing is missing, 0 / 0: certain tokens, for which both laws are exact."""
+    tokens = torch.tensor([[2, 0, 1, -1], [1, 1, 1, 1]])
+    laws = one_hot(tokens, 3)
+    rows = torch.cat((laws.probs, laws.probs[:, :1]), 1).log()
+    drafted = Drafted(laws, tokens, replace(rows_of(rows, {}), chance=Luck(2, 4, 1)))
+    before, passes = weights(drafted)
+    assert before.tolist() == [[1, 1, 1, 1], [1, 1, 1, 1]] and passes.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
 
 
 def test_where_nothing_is_left_it_is_the_targets_law() -> None:

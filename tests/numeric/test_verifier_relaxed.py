@@ -5,17 +5,21 @@ The formulas are written down here once more, from the papers; laws, chances and
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from engine.protocols import DraftProposal, Scalar
 from engine.verifiers.bounded import BoundedVerifier
+from engine.verifiers.diversed import DiversedVerifier
 from engine.verifiers.ensemble import EnsembleVerifier
 from engine.verifiers.lenient import LenientVerifier
 from engine.verifiers.top_k_gap import TopKGapVerifier
 from engine.verifiers.typical import TypicalVerifier
-from tests.enumeration import Exact, exact, exact_diversed
-from tests.laws import assert_close, distances, pairs
+from tests.enumeration import Exact, Given, exact, exact_diversed, rows_of
+from tests.laws import assert_close, dirichlet, distances, pairs
 
 SHAPES = [(size, concentration) for size in (2, 8) for concentration in (0.3, 1.0, 3.0)]
 
@@ -106,6 +110,24 @@ def test_diversed_mixes_by_what_its_head_says_at_each_position(size: int, concen
     assert found.bias is not None
     assert_close(found.bias, (1 - weight) * distances(p, q))
     assert_close(exact_diversed(log_p, g, said, 1.0).law, p)
+    assert_close(exact_diversed(log_p, g, torch.full_like(said, 1.5), 0.0).law, p)
     silent = exact_diversed(log_p, g, torch.full_like(said, float("nan")), 0.0)
     assert_close(silent.law, p)  # a head that says nothing: the target's law, and no bias
     assert silent.bias is not None and not silent.bias.any()
+
+
+def test_the_head_of_diversed_sees_the_row_that_predicts_a_token_and_the_drafts_state_of_it() -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Watching:
+        def weights(self, hidden: Tensor, states: Tensor) -> Tensor:
+            seen.append((hidden, states))
+            return torch.full(hidden.shape[:2], 0.5)
+
+    hidden, states = torch.randn(1, 2, 3), torch.randn(1, 3, 4)
+    scores = Scalar(torch.full((1, 2), 0.5))
+    proposal = DraftProposal(torch.tensor([[1, 0]]), (2,), marginal=scores, hidden=hidden)
+    rows = rows_of(dirichlet(3, 4, 1.0, 1).unsqueeze(0), {"min_weight": 0.0}, states=states)
+    coins = Given(torch.full((1, 2), 0.5, dtype=torch.float64))
+    DiversedVerifier(Watching()).verify(proposal, replace(rows, chance=coins))
+    assert len(seen) == 1 and torch.equal(seen[0][0], hidden) and torch.equal(seen[0][1], states[:, :2])
