@@ -9,20 +9,40 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
 from benchmarks.drafts_figures import Round
 from benchmarks.stream import BenchmarkError
-from engine.config import DraftConfig, EngineConfig, KVConfig, ModelConfig, ParallelConfig, SchedulerConfig
-from engine.core import EngineCore
+from engine.config import (
+    DraftConfig,
+    EngineConfig,
+    KVConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    VerifierConfig,
+)
+from engine.core import EngineCore, model_info
 from engine.errors import SlipstreamError
+from engine.hub.drafts import settle_draft
+from engine.llm import CACHE_DIR
 from engine.protocols import StepHandle, Worker, WorkerFactory
 from engine.registry import WORKERS
 from engine.registry import resolve as look_up
-from engine.types import Capacity, EngineStats, FinishReason, Phase, Request, SeqUpdate, StepPlan
+from engine.types import (
+    Capacity,
+    EngineStats,
+    FinishReason,
+    ModelInfo,
+    Phase,
+    Request,
+    SeqUpdate,
+    StepPlan,
+    TokenLogprob,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +86,8 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     rounds: list[Round] = field(default_factory=list)  # decode steps: the step that ends the prompt is none
     gaps: list[float] = field(default_factory=list)  # of the two best log-probabilities, where they were asked for
+    scored: list[TokenLogprob] = field(default_factory=list)  # of the tokens, where it was asked for
+    bias: list[float] = field(default_factory=list)  # of each token, as it was reported
     first: float = 0.0
     last: float = 0.0
     cached_tokens: int = 0
@@ -88,9 +110,9 @@ class Answer:
                 self.first = now
             self.last = now
         self.tokens += update.token_ids
-        for entry in update.logprobs or ():
-            best, second = entry.top[:2]
-            self.gaps.append(best[1] - second[1])
+        self.bias += update.bias or (0.0,) * len(update.token_ids)
+        self.scored += update.logprobs or ()
+        self.gaps += [one.top[0][1] - one.top[1][1] for one in update.logprobs or () if len(one.top) > 1]
         return update.finish is not None
 
 
@@ -142,19 +164,27 @@ class Restrained:
 class Served:
     """A loaded model with a drafter. `phases` tells what was loaded, and how large it is."""
 
-    def __init__(self, folder: Path, variant: Variant, load: Load) -> None:
+    def __init__(self, folder: Path, variant: Variant, load: Load, verifier: VerifierConfig | None = None) -> None:
         """Raises BenchmarkError where the model or its draft can't be loaded."""
         self.variant = variant
         self.phases: list[Phase] = []
         pipeline = "autoregressive" if variant.draft is None else "speculative"
-        model = ModelConfig(path=str(folder), pipeline=pipeline, draft=variant.draft, quant=load.quant)
+        verified = verifier or VerifierConfig()
+        model = ModelConfig(
+            path=str(folder), pipeline=pipeline, draft=variant.draft, verifier=verified, quant=load.quant
+        )
         parallel = ParallelConfig(threads=load.threads)
-        self._config = EngineConfig(model=model, kv=KVConfig(memory=load.memory), parallel=parallel)
+        config = EngineConfig(model=model, kv=KVConfig(memory=load.memory), parallel=parallel)
         factory = cast(WorkerFactory, look_up(WORKERS, "local", "worker"))
         try:
+            self._config = settle_draft(config, CACHE_DIR.expanduser())
             self.worker = factory(self._config, folder, self.phases.append)
         except SlipstreamError as error:
             raise BenchmarkError(f"{variant.name}: {error}") from error
+
+    def info(self) -> ModelInfo:
+        """What requests are checked against."""
+        return model_info(self._config, self.worker.capacity(), (), 0)
 
     def core(self, conditions: Conditions) -> EngineCore:
         """A new engine over the loaded model, with nothing cached."""
@@ -166,9 +196,15 @@ class Served:
         return EngineCore(Restrained(self.worker, conditions.num_blocks), config)
 
 
-def run(core: EngineCore, requests: Sequence[Request], clients: int | None = None) -> Run:
+def run(
+    core: EngineCore,
+    requests: Sequence[Request],
+    clients: int | None = None,
+    ended: Callable[[Sequence[int]], bool] = lambda _: False,
+) -> Run:
     """Answer requests as so many clients ask for them, each one after the other; None: all at once.
 
+    An answer whose tokens have `ended` is not gone on with.
     Raises BenchmarkError for one that fails, and IntegrityError where anything of them is left in the engine.
     """
     waiting, answers = deque(requests), {request.id: Answer(request, 0.0) for request in requests}
@@ -184,6 +220,7 @@ def run(core: EngineCore, requests: Sequence[Request], clients: int | None = Non
     while core.has_work():
         report, now = core.step(), time.perf_counter()
         ask(sum(answers[update.request_id].take(update, now) for update in report.updates))
+        core.abort(one.request_id for one in report.updates if one.token_ids and ended(answers[one.request_id].tokens))
     seconds = time.perf_counter() - begin
     core.settle()
     return Run(tuple(answers[request.id] for request in requests), seconds, core.stats())

@@ -125,7 +125,11 @@ def _mtbench(file: Path) -> Iterator[Entry]:
 
 
 def _lines(file: Path) -> Iterator[Entry]:
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+    try:
+        text = file.read_bytes()
+    except OSError as error:
+        raise BenchmarkError(f"--prompts {file}: {error.strerror}") from error
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -21,7 +21,10 @@ COMMANDS = {
     "bench step": ("benchmarks.step:main", "time the engine's steps, without HTTP, beside what the machine allows"),
     "bench verifiers": ("benchmarks.verifiers:main", "what verifiers gain for a model and a draft, and what it costs"),
     "train-draft": ("training.train_draft:main", "train a draft for a model on the model's own answers"),
-    "train-verifier": ("training.train_verifier:main", "train the head of the verifier diversed, for a pair and a task"),
+    "train-verifier": (
+        "training.train_verifier:main",
+        "train the head of the verifier diversed, for a pair and a task",
+    ),
     "version": ("server.cli:version", "print the version"),
 }
 Command = Callable[[Sequence[str]], int]

@@ -290,7 +290,10 @@ def found_of(temperature: float) -> Found:
     if temperature == 0:
         strict, other = ([one.beside((1, 2, 3)) for one in samples] for samples in (strict, other))
     answers = {(temperature, "fill", one.name): samples for one, samples in ((plain, strict), (relaxed, other))}
-    speeds = (Speed(temperature, 1, STRICT, (10.0, 20.0), 2.0), Speed(temperature, 1, relaxed.name, (20.0, 30.0), 3.0))
+    speeds = (
+        Speed(temperature, "fill", 1, STRICT, (10.0, 20.0), 2.0),
+        Speed(temperature, "fill", 1, relaxed.name, (20.0, 30.0), 3.0),
+    )
     return Found(tuple(verifiers_report.rows(answers, (plain, relaxed), (group,))), speeds)
 
 

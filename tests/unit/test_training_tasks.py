@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
 
 from engine.errors import ConfigError
-from training.tasks import sandbox
 from training.tasks.loading import NAMES, load
 from training.tasks.rouge import rouge_l, rouge_n
 from training.tasks.scoring import KINDS
@@ -55,46 +53,6 @@ def test_rouge_is_the_f1_of_shared_words() -> None:
     assert rouge_n("the the the", "the cat", 1) == pytest.approx(2 / 5), "no word counts more often than it is there"
     assert rouge_n("", ours, 2) == rouge_n(ours, "", 2) == rouge_n("one", "one", 2) == 0
     assert score("rouge2", "A, b! C", "a b c") == score("rougeL", "A, b! C", "a b c") == 1
-
-
-def test_code_is_run_with_its_tests() -> None:
-    item = Item("?", tests="assert double(4) == 8")
-    answer = "Sure:\n```python\ndef double(x):\n    return 2 * x\n```\nThat doubles."
-    assert KINDS["code"](answer, item) == 1
-    assert KINDS["code"]("def double(x):\n    return 2 * x", item) == 1
-    assert KINDS["code"](answer.replace("2 * x", "3 * x"), item) == 0
-    assert KINDS["code"]("no code at all", item) == 0
-
-
-@pytest.mark.parametrize(
-    "program",
-    [
-        "raise SystemExit(0)",  # no test is passed by not being there
-        "import os\nos._exit(0)",
-        "x = bytearray(8 << 30)",
-        "import urllib.request\nurllib.request.urlopen('http://127.0.0.1:9')",
-        "import socket\nsocket.create_connection(('127.0.0.1', 9))",
-        "open('big', 'wb').write(b'x' * (64 << 20))",
-        "import os\nassert os.environ.get('PATH') or os.environ.get('HOME')",
-    ],
-)
-def test_a_program_that_leaves_its_bounds_has_passed_nothing(program: str) -> None:
-    assert not sandbox.passes(program)
-
-
-def test_an_endless_program_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
-    note = tmp_path / "pid"
-    program = (
-        "import subprocess, sys\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'while True: pass'])\n"
-        f"open({str(note)!r}, 'w').write(str(child.pid))\n"
-        "while True: pass\n"
-    )
-    assert not sandbox.passes(program, seconds=1.0)
-    status = Path(f"/proc/{note.read_text()}/stat")
-    deadline = time.monotonic() + 10
-    while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z":
-        assert time.monotonic() < deadline, "a process it started is still running"
 
 
 # ---- tasks -----------------------------------------------------------------------------------------------
