@@ -8,11 +8,8 @@ cores; `--quick` takes one. Nothing else should run on the machine.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
-
-import msgspec
 
 from benchmarks import drafts_acceptance, drafts_agreement, drafts_compare, report
 from benchmarks.drafts_options import Options, parse, say
@@ -52,18 +49,8 @@ def _pictures():
 def write(options: Options, arguments: Sequence[str], tables: Tables, found: object, cores: float) -> None:
     """The files that were asked for."""
     command = "python -m benchmarks.drafts " + " ".join(arguments)
-    record = {
-        "command": command,
-        "commit": report.git_commit(),
-        "machine": report.machine(),
-        "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "other_processes_cores": cores,
-        "options": asdict(options),
-        "found": found,
-    }
     if options.json:
-        plain = msgspec.to_builtins(record, enc_hook=str)
-        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(plain)) + b"\n")
+        report.write_record(options.json, command, cores, {"options": asdict(options), "found": found})
     if options.markdown:
         pages = "\n\n".join(report.markdown_table(rows) for rows in tables)
         options.markdown.write_text(f"`{command}`\n\n{pages}\n", encoding="utf-8")

@@ -6,8 +6,11 @@ import math
 import platform
 import statistics
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import msgspec
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,6 +72,20 @@ def git_commit() -> str:
         return f"{commit}+changes" if _git("status", "--porcelain") else commit
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def write_record(file: Path, command: str, other_cores: float, found: Mapping[str, object]) -> None:
+    """JSON of what was measured, by which command, on which commit and machine, and beside how much other load."""
+    record = {
+        "command": command,
+        "commit": git_commit(),
+        "machine": machine(),
+        "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "other_processes_cores": other_cores,
+        **found,
+    }
+    plain = msgspec.to_builtins(record, enc_hook=str)
+    file.write_bytes(msgspec.json.format(msgspec.json.encode(plain)) + b"\n")
 
 
 def machine() -> str:

@@ -7,11 +7,8 @@ Acceptance, quality and bias with bootstrap intervals, and tokens per second, of
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-
-import msgspec
 
 from benchmarks import report, verifiers_report
 from benchmarks.drafts_engine import Served
@@ -109,19 +106,10 @@ def _variants(served: Served, options: Options) -> tuple[list[Variant], list[str
 
 def write(options: Options, command: str, found: Found, notes: Sequence[str], cores: float) -> None:
     """The files that were asked for."""
-    record = {
-        "command": command,
-        "commit": report.git_commit(),
-        "machine": report.machine(),
-        "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "other_processes_cores": cores,
-        "options": {name: getattr(options, name) for name in _SETTINGS} | {"quant": options.load.quant},
-        "notes": notes,
-        **verifiers_report.record(found),
-    }
     if options.json:
-        plain = msgspec.to_builtins(record, enc_hook=str)
-        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(plain)) + b"\n")
+        settings = {name: getattr(options, name) for name in _SETTINGS} | {"quant": options.load.quant}
+        facts = {"options": settings, "notes": notes, **verifiers_report.record(found)}
+        report.write_record(options.json, command, cores, facts)
     if options.markdown:
         pages = [f"{title}\n\n{report.markdown_table(rows)}" for title, rows in verifiers_report.tables(found)]
         text = "\n\n".join((f"`{command}`", *pages, *NOTES, *notes))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from training.data import shards
 from training.data.generate import Plan, generate
 from training.data.prompts import TEMPLATES, collect
 from training.drafts import DRAFTS, Draft
+from training.options import positive, say
 from training.shapes import Shape
 from training.trainer import Point, Schedule, Trainer
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     torch.manual_seed(job.options.seed)
     if job.options.threads:
         torch.set_num_threads(job.options.threads)
-    folder = resolve(job.options.model, CACHE_DIR.expanduser(), _say)
+    folder = resolve(job.options.model, CACHE_DIR.expanduser(), say)
     taps = _taps(job, folder)
     if not job.options.skip_generation:
         _answer(job, (*taps, target.last_layer(folder)))
@@ -71,20 +71,20 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--prompts", action="append", default=[], metavar="SOURCE", help=(
         f"a JSON-lines file with prompt, messages or turns; a ShareGPT file; or templates: {known}. "
         "Give it again for more sources, which are taken in turn (default: all templates)"))  # fmt: skip
-    data.add_argument("--num-prompts", type=_positive, default=2000)
+    data.add_argument("--num-prompts", type=positive, default=2000)
     data.add_argument("--exclude", action="append", default=[], metavar="FILE", help="prompts kept for evaluation")
     data.add_argument("--data", default="", metavar="DIR", help="where answers are kept (default: OUTPUT/data)")
     data.add_argument("--skip-generation", action="store_true", help="train on the answers that are there")
     data.add_argument("--states", choices=("cached", "fly"), default="cached", help=(
         "keep the target's hidden states on disk, or compute them anew for every batch"))  # fmt: skip
-    data.add_argument("--max-tokens", type=_positive, default=160, help="of an answer")
-    data.add_argument("--max-prompt", type=_positive, default=256, help="longer prompts are left out, in tokens")
-    data.add_argument("--sampled-every", type=_positive, default=4, help="each so many-th answer is drawn, not greedy")
+    data.add_argument("--max-tokens", type=positive, default=160, help="of an answer")
+    data.add_argument("--max-prompt", type=positive, default=256, help="longer prompts are left out, in tokens")
+    data.add_argument("--sampled-every", type=positive, default=4, help="each so many-th answer is drawn, not greedy")
     data.add_argument("--temperature", type=float, default=0.8, help="of the drawn answers")
-    data.add_argument("--concurrency", type=_positive, default=128)
+    data.add_argument("--concurrency", type=positive, default=128)
     shape = new.add_argument_group("draft")
-    shape.add_argument("--layers", type=_positive, default=1)
-    shape.add_argument("--block-size", type=_positive, default=8, help="input slots of one pass, the anchor among them")
+    shape.add_argument("--layers", type=positive, default=1)
+    shape.add_argument("--block-size", type=positive, default=8, help="input slots of one pass, the anchor among them")
     shape.add_argument("--taps", default="", help="target layers to read, from 0 on (default: the paper's)")
     shape.add_argument("--draft-vocab", type=int, default=0, help="most frequent ids that can be drafted; 0: all")
     shape.add_argument("--mask-token-id", type=int, default=-1, help="default: an id that no text here has")
@@ -92,28 +92,17 @@ def parser() -> argparse.ArgumentParser:
     shape.add_argument("--anchor-predicts", action="store_true", help="DSpark's layout: the anchor's slot drafts, too")
     shape.add_argument("--random-start", action="store_true", help="do not start from the target's own layers")
     learn = new.add_argument_group("training")
-    learn.add_argument("--steps", type=_positive, default=2000)
-    learn.add_argument("--sequences", type=_positive, default=8, help="answers in one step")
-    learn.add_argument("--anchors", type=_positive, default=32, help="blocks of each of them")
+    learn.add_argument("--steps", type=positive, default=2000)
+    learn.add_argument("--sequences", type=positive, default=8, help="answers in one step")
+    learn.add_argument("--anchors", type=positive, default=32, help="blocks of each of them")
     learn.add_argument("--lr", type=float, default=1e-3)
     learn.add_argument("--hard", type=float, default=0.5, help="share of the label in the loss; the rest is distilled")
     learn.add_argument("--decay", type=float, default=4.0, help="gamma of the weights exp(-(k - 1) / gamma)")
-    learn.add_argument("--evaluate-every", type=_positive, default=100)
+    learn.add_argument("--evaluate-every", type=positive, default=100)
     learn.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     learn.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     learn.add_argument("--seed", type=int, default=1)
     return new
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def _taps(job: Job, folder: Path) -> tuple[int, ...]:
@@ -203,5 +192,5 @@ def _write(job: Job, draft: Draft, points: Sequence[Point]) -> None:
     options = {name: value for name, value in vars(job.options).items() if name not in ("output", "data", "prompts")}
     record = json.dumps({"facts": facts, "options": options, "held_out": last}, indent=1)
     (job.output / "training.json").write_text(record + "\n", encoding="utf-8")
-    _say(f"{job.output}: {points[-1].acceptance_length:.2f} tokens a round on held-out answers; "
+    say(f"{job.output}: {points[-1].acceptance_length:.2f} tokens a round on held-out answers; "
          f"try: slipstream serve {job.options.model} --draft {job.output}")  # fmt: skip

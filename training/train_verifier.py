@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from engine.hub.resolve import resolve
 from engine.llm import CACHE_DIR, configure
 from engine.models.fingerprint import fingerprint
 from engine.models.verifier_head import HeadSpec, save_head
+from training.options import positive, say
 from training.tasks.loading import NAMES, load
 from training.tasks.scoring import KINDS
 from training.tasks.task import Task
@@ -44,8 +44,8 @@ def main(arguments: Sequence[str]) -> int:
         torch.set_num_threads(asked.threads)
     task = load(asked.task, asked.score, chat=not asked.plain, max_tokens=asked.max_tokens or 256)
     cache = CACHE_DIR.expanduser()
-    config = settle_draft(_config(asked), cache, _say)
-    folder = resolve(config.model.path, cache, _say)
+    config = settle_draft(_config(asked), cache, say)
+    folder = resolve(config.model.path, cache, say)
     slot = HeadSlot(asked.min_weight)
     rollouts = Rollouts(config, folder, task, _sampling(asked), slot)
     worker = rollouts.worker
@@ -92,34 +92,21 @@ def parser() -> argparse.ArgumentParser:
     goal.add_argument("--min-weight", type=float, default=0.0, help="least weight of the target in the roll-outs")
     goal.add_argument("--entropy-floor", type=float, default=0.1, help="of w on average, in nats, at most 0.69")
     rolling = new.add_argument_group("roll-outs")
-    rolling.add_argument("--prompts", type=_positive, default=16, help="in one batch")
-    rolling.add_argument("--samples", type=_positive, default=4, help="of each of them")
+    rolling.add_argument("--prompts", type=positive, default=16, help="in one batch")
+    rolling.add_argument("--samples", type=positive, default=4, help="of each of them")
     rolling.add_argument("--temperature", type=float, default=0.8)
     rolling.add_argument("--top-k", type=int, default=0)
     rolling.add_argument("--top-p", type=float, default=1.0)
-    rolling.add_argument(
-        "--max-draft", type=_positive, default=None, help="tokens (default: all that the draft offers)"
-    )
+    rolling.add_argument("--max-draft", type=positive, default=None, help="tokens (default: all that the draft offers)")
     rolling.add_argument("--memory", default="512MiB", help="of the KV pool")
     learn = new.add_argument_group("training")
-    learn.add_argument("--updates", type=_positive, default=40)
-    learn.add_argument("--epochs", type=_positive, default=4, help="steps of AdamW on each batch")
+    learn.add_argument("--updates", type=positive, default=40)
+    learn.add_argument("--epochs", type=positive, default=4, help="steps of AdamW on each batch")
     learn.add_argument("--lr", type=float, default=3e-3)
     learn.add_argument("--start", type=float, default=0.9, help="the head's weight before it has learned anything")
     learn.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     learn.add_argument("--seed", type=int, default=1)
     return new
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def _check(asked: argparse.Namespace) -> None:
@@ -205,5 +192,5 @@ def _write(asked: argparse.Namespace, task: Task, probe: Probe, spec: HeadSpec, 
     options = {name: value for name, value in vars(asked).items() if name not in ("output", "model", "draft", "task")}
     record = {"facts": facts, "options": options, "points": [asdict(point) for point in points]}
     (output / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    _say(f"{output}: score {last.reward:.3f} at an acceptance of {last.acceptance:.3f}; "
+    say(f"{output}: score {last.reward:.3f} at an acceptance of {last.acceptance:.3f}; "
          f"try: slipstream serve {asked.model} --draft {asked.draft} --verifier-head {output}")  # fmt: skip

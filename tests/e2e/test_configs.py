@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from engine.models.fingerprint import fingerprint
+from engine.models.verifier_head import HeadSpec, save_head, tensor_shapes
 from tests.e2e.conftest import setting_arguments
 from tests.e2e.process import ROOT, ServerProcess
 from tests.e2e.wire import complete, error_of, get, post
@@ -16,13 +20,27 @@ from tests.e2e.wire import complete, error_of, get, post
 BEYOND = {"ensemble": {"target_weight": 0.0}, "bounded": {"epsilon": 1.0}, "diversed": {"min_weight": 0.0}}
 
 
+@pytest.fixture(scope="module")
+def head_folder(tiny_folder: Path, draft_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A head for the tiny pair that says 0.5 everywhere."""
+    widths = [json.loads((folder / "config.json").read_text())["hidden_size"] for folder in (tiny_folder, draft_folder)]
+    spec = HeadSpec(widths[0], widths[1], 4, fingerprint(tiny_folder), fingerprint(draft_folder), "none")
+    folder = tmp_path_factory.mktemp("heads") / "head"
+    save_head(folder, spec, {name: torch.zeros(shape) for name, shape in tensor_shapes(spec).items()})
+    return folder
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
-def test_a_configuration_file_starts_and_answers(file: Path, tiny_folder: Path, draft_folder: Path) -> None:
+def test_a_configuration_file_starts_and_answers(
+    file: Path, tiny_folder: Path, draft_folder: Path, head_folder: Path
+) -> None:
     model = yaml.safe_load(file.read_text(encoding="utf-8"))["models"][0]
     draft, verifier = model.get("draft"), model.get("verifier", {})
     changes = {"path": tiny_folder, "max_model_len": "null", "device": "auto", "attention": "auto", "dtype": "auto"}
     if draft is not None and "path" in draft:
         changes |= {"draft.path": draft_folder, "draft.max_draft": "null"}
+    if "head" in verifier:
+        changes |= {"verifier.head": head_folder}
     settings = [*(f"models.0.{key}={value}" for key, value in changes.items()), "kv.memory=8MiB"]
     with ServerProcess("--config", str(file), *setting_arguments(*settings)) as server:
         assert complete(server.wait_ready().url, "hello", ignore_eos=True)

@@ -1,7 +1,7 @@
 """Runs a program that a model wrote, to see whether its tests pass.
 
 A process of its own with a new session, an empty working folder, an empty environment, `python -I`, and limits on
-time, memory, file size and processes; what reaches for the network finds its socket module broken. That stops
+time, memory and file size; what reaches for the network finds its socket module broken. That stops
 accidents: endless loops, full memory, a stray `os.remove`. It is no wall against a program that means harm, for it
 runs as the same user: score code only for models and prompts that you would also run by hand, or in a container.
 """
