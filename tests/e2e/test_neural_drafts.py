@@ -92,12 +92,18 @@ def test_positions_are_depths(neural: ServerProcess) -> None:
 
 def test_the_card_names_the_draft(neural: ServerProcess) -> None:
     card = get(neural.url, "/v1/models").json()["data"][0]["speculation"]
+    offered = [verifier["name"] for verifier in card.pop("verifiers")]
+    assert offered == ["strict", "rejection", "block", "ensemble", "bounded", "lenient", "typical", "top_k_gap"]
     assert card == {
         "drafter": "dflash",
         "draft": "Tiny-DFlash-b6",
         "max_draft": 5,
+        "sample": False,
         "verifier": "strict",
+        "knobs": {},
         "lossy": False,
+        "max_bias": 1.0,
+        "head": None,
     }
 
 
