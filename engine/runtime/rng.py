@@ -32,6 +32,7 @@ _FRACTION = (1 << 52) - 1
 _POSITION, _STEP = 2, 4  # where Draw holds them
 _WORD = 1 << 64
 _COUNTER = 1 << 256
+_FEW = 64  # single numbers that numpy, set up for each, gives sooner than the torch twin's many small steps
 _ROWS_AT_ONCE = 8  # so that the many passes over a row find it in the processor's cache
 _LARGEST = 1.0 - 2.0**-24  # the float32 below 1
 
@@ -84,10 +85,15 @@ def uniform_rows(draws: Sequence[Draw], n: int, device: torch.device | str) -> T
 
     They are the odd multiples of 2^-53, made of the upper 52 bits of word 0 of block 0: never 0, never 1, all exact.
     """
-    fields = _fields(draws, device).unsqueeze(-1).repeat(1, 1, n)
-    fields[[_POSITION, _STEP]] += torch.arange(n, device=device)
-    word = philox(torch.zeros_like(fields[0]), fields)[0]
-    return (((word >> 12) & _FRACTION) * 2 + 1).double().mul_(2.0**-53)
+    if torch.device(device).type == "cpu" and len(draws) * n <= _FEW:
+        moved = ([d._replace(position=d.position + j, step=d.step + j) for j in range(n)] for d in draws)
+        words = [[_signed(_generator(draw).random_raw()) for draw in row] for row in moved]
+        word = torch.tensor(words, dtype=torch.int64)
+    else:
+        fields = _fields(draws, device).unsqueeze(-1).repeat(1, 1, n)
+        fields[[_POSITION, _STEP]] += torch.arange(n, device=device)
+        word = philox(torch.zeros_like(fields[0]), fields)[0]
+    return (((word.view(len(draws), n) >> 12) & _FRACTION) * 2 + 1).double().mul_(2.0**-53)
 
 
 def gumbel_of_bits(bits: Tensor) -> Tensor:
@@ -100,14 +106,18 @@ def bits_numpy(draws: Sequence[Draw], n: int) -> npt.NDArray[np.uint32]:
     """[rows, n] random 32-bit lanes."""
     out = np.empty((len(draws), n), dtype=np.uint32)
     for row, draw in enumerate(draws):
-        seed, choice, *words = (field % _WORD for field in draw)
-        counter = sum(word << (64 * place) for place, word in enumerate(words, start=1))
-        generator = np.random.Philox(
-            key=np.array([seed, choice], dtype=np.uint64),
-            counter=(counter - 1) % _COUNTER,  # numpy increments before each block, the first one too
-        )
-        out[row] = generator.random_raw((n + 1) // 2).astype("<u8", copy=False).view("<u4")[:n]
+        out[row] = _generator(draw).random_raw((n + 1) // 2).astype("<u8", copy=False).view("<u4")[:n]
     return out
+
+
+def _generator(draw: Draw) -> np.random.Philox:
+    """numpy's, about to give word 0 of block 0."""
+    seed, choice, *words = (field % _WORD for field in draw)
+    counter = sum(word << (64 * place) for place, word in enumerate(words, start=1))
+    return np.random.Philox(
+        key=np.array([seed, choice], dtype=np.uint64),
+        counter=(counter - 1) % _COUNTER,  # numpy increments before each block, the first one too
+    )
 
 
 def bits_torch(draws: Sequence[Draw], n: int, device: torch.device | str) -> Tensor:

@@ -85,6 +85,7 @@ def test_seeds_are_taken_modulo_two_to_the_64() -> None:
 def test_uniforms_are_made_of_the_first_word_of_their_position_and_step(draws: list[Draw], n: int) -> None:
     got = uniform_rows(draws, n, "cpu")
     assert got.dtype == torch.float64
+    assert torch.equal(uniform_rows(draws * 64, n, "cpu")[: len(draws)], got)  # by the torch twin: they are many
     for row, draw in enumerate(draws):
         for step in range(n):
             low, high = bits_numpy([draw._replace(position=draw.position + step, step=draw.step + step)], 2)[0].tolist()
