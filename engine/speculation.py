@@ -152,7 +152,7 @@ def _check_drawing(asked: SpeculationParams, card: VerifierCard, info: ModelInfo
     if not asked.sample:
         return
     if not card.drawn:
-        drawing = " and ".join(card.name for card in info.verifiers if card.drawn) or "none"
+        drawing = ", ".join(card.name for card in info.verifiers if card.drawn) or "none"
         reason = f"can't be true with the verifier {card.name!r}, whose drafts are chosen; drawn ones are for {drawing}"
         raise _refused("sample", reason, supported=False)
     if info.drafter in UNTRAINED_DRAFTERS:

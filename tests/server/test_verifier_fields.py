@@ -80,7 +80,7 @@ async def test_what_is_asked_reaches_every_choice(
          "is no knob of the verifier 'ensemble', which has target_weight; it belongs to bounded"),
         ({"verifier": "ensemble", "weight": 0.9}, ".weight", "unsupported_parameter", "known: enabled, max_draft,"),
         ({"verifier": "strict", "sample": True}, ".sample", "unsupported_parameter",
-         "drawn ones are for rejection and ensemble and bounded"),
+         "drawn ones are for rejection, ensemble, bounded"),
         ({"verifier": "bounded", "thinking_only": True}, ".thinking_only", "invalid_value",
          "no tokens around its thinking"),
         ({"verifier": "ensemble"}, ".target_weight", "invalid_value", f"must be at least 0.8: {LAW}, and 0.7 may"),

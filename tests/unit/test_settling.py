@@ -142,7 +142,7 @@ def test_a_value_out_of_bounds_is_refused_with_the_bounds(verifier: str, knob: s
          "is no knob of the verifier 'ensemble', which has target_weight"),
         (INFO, ask("strict", sample=True), "sample",
          "can't be true with the verifier 'strict', whose drafts are chosen; drawn ones are for"
-         " rejection and ensemble and bounded"),
+         " rejection, ensemble, bounded"),
         (replace(INFO, drafter="ngram"), ask("rejection", sample=True), "sample",
          "can't be true: the drafter 'ngram' has no law to draw from"),
     ],
