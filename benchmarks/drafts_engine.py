@@ -37,6 +37,7 @@ from engine.types import (
     EngineStats,
     FinishReason,
     ModelInfo,
+    Passes,
     Phase,
     Request,
     SeqUpdate,
@@ -92,6 +93,7 @@ class Answer:
     last: float = 0.0
     cached_tokens: int = 0
     preemptions: int = 0
+    passes: Passes = field(default_factory=Passes)  # where it is denoised
 
     @property
     def to_first(self) -> float:
@@ -103,6 +105,7 @@ class Answer:
         if update.finish is FinishReason.ERROR:
             raise BenchmarkError(f"{self.request.id} failed inside the engine: {update.error}")
         self.cached_tokens, self.preemptions = update.cached_tokens, update.preemptions
+        self.passes = update.passes or self.passes
         if update.token_ids:
             if self.tokens:
                 self.rounds.append(Round(update.drafted, update.accepted, len(update.token_ids)))

@@ -93,13 +93,13 @@ class Bootstrap:
     def ratio(self, samples: Sequence[Sample], measure: Callable[[Sample], Part]) -> Estimate:
         """One measure of some answers."""
         above, below = self._sums(samples, measure)
-        return _estimate(_divide(above.sum(), below.sum()), self._resampled(above, below))
+        return estimate(_divide(above.sum(), below.sum()), self._resampled(above, below))
 
     def change(self, ours: Sequence[Sample], theirs: Sequence[Sample], measure: Callable[[Sample], Part]) -> Estimate:
         """Ours less theirs, of answers to the same prompts."""
         mine, other = self._sums(ours, measure), self._sums(theirs, measure)
         value = _divide(mine[0].sum(), mine[1].sum()) - _divide(other[0].sum(), other[1].sum())
-        return _estimate(value, self._resampled(*mine) - self._resampled(*other))
+        return estimate(value, self._resampled(*mine) - self._resampled(*other))
 
     def _sums(self, samples: Sequence[Sample], measure: Callable[[Sample], Part]) -> tuple[Sums, Sums]:
         """Of each prompt, over all of its answers: [prompts] above and below the line."""
@@ -119,7 +119,8 @@ def _divide(above: float, below: float) -> float:
     return float(above / below) if below else math.nan
 
 
-def _estimate(value: float, resampled: Sums) -> Estimate:
+def estimate(value: float, resampled: Sums) -> Estimate:
+    """The percentile interval of a value; resamples that divided by nothing do not count."""
     seen = resampled[np.isfinite(resampled)]
     if not len(seen) or math.isnan(value):
         return Estimate(value, math.nan, math.nan)

@@ -17,6 +17,7 @@ from engine.core import model_info
 from engine.errors import EngineDead, InvalidRequest, Overloaded, SlipstreamError
 from engine.front.event_stream import EventStream
 from engine.front.in_flight import InFlight
+from engine.hub.diffusion import find_spec
 from engine.hub.drafts import settle_draft
 from engine.hub.resolve import resolve
 from engine.protocols import EngineObserver
@@ -77,7 +78,7 @@ class AsyncEngine:
             folder = await asyncio.to_thread(resolve, self._config.model.path, self._cache_dir, logger.info)
             on_phase(Phase("checkpoint", time.monotonic() - began, peak_memory(), str(folder)))
             capacity, tokenizer = await asyncio.gather(
-                self._client.load(folder), asyncio.to_thread(Tokenizer.load, folder)
+                self._client.load(folder), asyncio.to_thread(_load_tokenizer, folder, config)
             )
             self._tokenizer = tokenizer
             self._info = model_info(config, capacity, tokenizer.eos_ids, self._created, tokenizer.thinking)
@@ -231,6 +232,12 @@ class AsyncEngine:
         logger.error("%s", error)
         self._dead = error
         self._in_flight.fail_all(str(error), FinishReason.ERROR, time.monotonic())
+
+
+def _load_tokenizer(folder: Path, config: EngineConfig) -> Tokenizer:
+    """It must know the mask token of a diffusion model, whose text is no more than text in a prompt."""
+    spec = find_spec(folder, config.model.diffusion)
+    return Tokenizer.load(folder, mask_id=None if spec is None else spec.mask_id)
 
 
 def _prepare(requests: Sequence[Request], info: ModelInfo, param: str) -> tuple[Request, ...]:

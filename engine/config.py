@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import os
 import re
-import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from engine.config_values import apply_override, build, show
+from engine.diffusion import BLOCK_LENGTHS, CACHES, MAX_DRAFTER_STEPS, VERIFIES
 from engine.errors import ConfigError
 
 QUANTS = ("auto", "none", "fp16")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("safetensors", "dummy")
+DIFFUSION_PIPELINES = ("masked_diffusion", "dual_diffusion")
+MAX_CANVAS = 1 << 20  # tokens
 UNTRAINED_DRAFTERS = ("ngram",)  # those that have no checkpoint
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -42,6 +44,11 @@ def _last_part(path: str) -> str:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _check_knobs(key: str, knobs: Mapping[str, float]) -> None:
+    for name, value in knobs.items():
+        _require(type(value) in (int, float), f"models.{key}.{name}: expected a number, got {show(value)}")
 
 
 def _choice(key: str, value: str, known: tuple[str, ...]) -> None:
@@ -86,9 +93,55 @@ class VerifierConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.max_bias <= 1, f"models.verifier.max_bias: {self.max_bias} is not in [0, 1]")
-        for name, value in self.knobs.items():
-            number = type(value) in (int, float)
-            _require(number, f"models.verifier.knobs.{name}: expected a number, got {_show(value)}")
+        _check_knobs("verifier.knobs", self.knobs)
+
+
+@dataclass(frozen=True, slots=True)
+class DiffusionConfig:
+    """How a masked-diffusion model is decoded where a request does not say; what is left open is the checkpoint's."""
+
+    rule: str = ""  # a name in registry.RULES
+    knobs: Mapping[str, float] = field(default_factory=dict)  # of this rule; checked when the model is loaded
+    cache: str = ""  # none, prefix or dual for full attention, block or dual for block-causal models
+    block_length: int | None = None  # tokens; block-causal models have their own
+    canvas: int = 256  # tokens of an answer whose request does not say max_tokens; rounded up to a block
+    steps: int | None = None  # of a whole canvas, for rules with a schedule; None: one token a step
+    drafter: str = ""  # dual_diffusion: the fast model's folder or hub id; empty: the served model drafts for itself
+    drafter_steps: int = 16  # dual_diffusion: denoise steps between two verify steps, at most
+    verify: str = "confidence"  # dual_diffusion: trust, exact, confidence, both or masked_copy
+    verify_threshold: float = 0.9  # what a drafted token's probability must be to stand
+    # What the checkpoint does not say, or says wrongly:
+    mask_id: int | None = None
+    attention: str = ""  # full or block_causal
+    shift: bool | None = None
+
+    def __post_init__(self) -> None:
+        _check_knobs("diffusion.knobs", self.knobs)
+        bounds = {"canvas": MAX_CANVAS, "steps": MAX_CANVAS, "drafter_steps": MAX_DRAFTER_STEPS}
+        for name, most in {**bounds, "block_length": BLOCK_LENGTHS[1]}.items():
+            value = getattr(self, name)
+            _require(value is None or 1 <= value <= most, f"models.diffusion.{name}: {value} is not in 1 to {most}")
+        fits = self.steps is None or self.steps <= self.canvas
+        _require(fits, f"models.diffusion.steps: {self.steps} is more than the canvas has tokens ({self.canvas})")
+        threshold = self.verify_threshold
+        _require(0 <= threshold <= 1, f"models.diffusion.verify_threshold: {threshold} is not in [0, 1]")
+        _require(self.mask_id is None or self.mask_id >= 0, f"models.diffusion.mask_id: {self.mask_id} is no token id")
+        _choice("diffusion.verify", self.verify, VERIFIES)
+        if self.attention:
+            _choice("diffusion.attention", self.attention, tuple(CACHES))
+        if self.cache:
+            _choice("diffusion.cache", self.cache, tuple(dict.fromkeys(sum(CACHES.values(), ()))))
+
+    @property
+    def drafts(self) -> bool:
+        """Is anything said of drafting and verifying?"""
+        names, plain = ("drafter", "drafter_steps", "verify", "verify_threshold"), DiffusionConfig()
+        return any(getattr(self, name) != getattr(plain, name) for name in names)
+
+    @property
+    def drafter_name(self) -> str:
+        """The name of the drafter's checkpoint without its folders; empty where there is none."""
+        return _last_part(self.drafter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,25 +157,38 @@ class ModelConfig:
     quant: str = "auto"
     attention: str = "auto"  # a name in registry.ATTENTION; auto: the fastest that runs on the device
     load_format: str = "safetensors"  # dummy: random weights of the configuration's shape, to measure with
-    memory_share: float = 1.0  # of the memory that the engine processes of this server may use together
+    # Of the memory that the engine processes of this server may use together, and of its CPU cores where there are
+    # several; default: all, and of several models each an even part of what the others leave.
+    memory_share: float | None = None
     max_model_len: int | None = None  # default: what the model declares, cut to what the KV pool can hold
     draft: DraftConfig | None = None
     verifier: VerifierConfig = VerifierConfig()
+    diffusion: DiffusionConfig | None = None
 
     def __post_init__(self) -> None:
-        speculative = self.pipeline == "speculative"
-        hint = "say `pipeline: speculative`, or --draft"
+        speculative, denoises = self.pipeline == "speculative", self.pipeline in DIFFUSION_PIPELINES
+        hint = "it denoises" if denoises else "say `pipeline: speculative`, or --draft"
         _require(speculative or not self.draft, f"models.draft: the pipeline {self.pipeline!r} does not draft; {hint}")
         _require(not speculative or self.draft is not None, "models.draft: the speculative pipeline needs a drafter")
         needed = speculative or self.verifier == VerifierConfig()
         _require(needed, f"models.verifier: the pipeline {self.pipeline!r} verifies nothing; {hint}")
+        fitting = denoises or self.pipeline == "autoregressive" or self.diffusion is None
+        hint = "leave it out, or say `pipeline: masked_diffusion`"
+        _require(fitting, f"models.diffusion: the pipeline {self.pipeline!r} does not denoise; {hint}")
+        fitting = self.pipeline == "dual_diffusion" or self.diffusion is None or not self.diffusion.drafts
+        hint = "drafter, drafter_steps, verify and verify_threshold are for `pipeline: dual_diffusion`"
+        _require(fitting, f"models.diffusion: the pipeline {self.pipeline!r} does not draft; {hint}")
         _choice("quant", self.quant, QUANTS)
         _choice("dtype", self.dtype, DTYPES)
         _choice("load_format", self.load_format, LOAD_FORMATS)
         known = "auto, cpu, cuda, cuda:N"
         _require(bool(_DEVICE.fullmatch(self.device)), f"models.device: {self.device!r} is not one of {known}")
-        _require(0 < self.memory_share <= 1, f"models.memory_share: {self.memory_share} is not in (0, 1]")
+        _require(0 < self.share <= 1, f"models.memory_share: {self.memory_share} is not in (0, 1]")
         _require(self.max_model_len is None or self.max_model_len > 1, "models.max_model_len: must be above 1")
+
+    @property
+    def share(self) -> float:
+        return 1.0 if self.memory_share is None else self.memory_share
 
     @property
     def name(self) -> str:
@@ -166,7 +232,8 @@ class KVConfig:
 class ParallelConfig:
     replicas: int = 1
     tensor: int = 1
-    threads: int | None = None  # CPU threads of one engine process; default: its physical cores
+    # CPU threads of each engine process; default: the physical cores, which several divide by their memory shares
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.replicas == 1, "parallel.replicas: only 1 is supported in this version")
@@ -182,6 +249,12 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     kv: KVConfig = field(default_factory=KVConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engines: int = 1  # of this server: how many share the machine
+
+    @property
+    def core_share(self) -> float:
+        """Of the CPU cores: all for the only engine, whatever memory it may take."""
+        return self.model.share if self.engines > 1 else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,12 +271,20 @@ class Config:
         names = [model.name for model in self.models]
         _require(bool(names), "models: at least one model is needed")
         _require(len(set(names)) == len(names), f"models: two entries share one id: {', '.join(names)}")
-        total = sum(model.memory_share for model in self.models)
-        _require(len(names) == 1 or total <= 1.0, f"models: the memory shares add up to {total:g}, above 1")
+        given = [model.memory_share for model in self.models if model.memory_share is not None]
+        total = round(sum(given), 9)
+        _require(total <= 1, f"models: the memory shares add up to {total:g}, above 1")
+        fits = total < 1 or len(given) == len(names)
+        _require(fits, f"models: the memory shares add up to {total:g} and leave nothing for the models without one")
 
     def engines(self) -> tuple[EngineConfig, ...]:
-        """One engine configuration per served model."""
-        return tuple(EngineConfig(m, self.scheduler, self.kv, self.parallel) for m in self.models)
+        """One engine configuration per served model, each with a memory share where there are several."""
+        count, models = len(self.models), self.models
+        if count > 1:
+            given = [model.memory_share for model in models if model.memory_share is not None]
+            rest = (1.0 - sum(given)) / max(1, count - len(given))
+            models = tuple(m if m.memory_share is not None else replace(m, memory_share=rest) for m in models)
+        return tuple(EngineConfig(model, self.scheduler, self.kv, self.parallel, count) for model in models)
 
 
 def load(path: str | Path | None = None, overrides: tuple[str, ...] = ()) -> Config:
@@ -226,7 +307,7 @@ def load(path: str | Path | None = None, overrides: tuple[str, ...] = ()) -> Con
     if path is not None:
         _find_paths(data, Path(path).resolve().parent)
     for override in overrides:
-        _apply_override(data, override)
+        apply_override(data, override)
     return build(Config, data, "")
 
 
@@ -235,7 +316,8 @@ def _find_paths(data: Mapping[str, object], folder: Path) -> None:
     models = data.get("models")
     models = [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
     for model in models:
-        for entry, key in ((model, "path"), (model.get("draft"), "path"), (model.get("verifier"), "head")):
+        keys = {"draft": "path", "verifier": "head", "diffusion": "drafter"}
+        for entry, key in ((model, "path"), *((model.get(section), key) for section, key in keys.items())):
             if not isinstance(entry, dict):
                 continue
             path = entry.get(key)
@@ -245,78 +327,3 @@ def _find_paths(data: Mapping[str, object], folder: Path) -> None:
             found = next((place for place in places if os.path.lexists(place)), None)
             if found is not None:
                 entry[key] = os.path.normpath(found)
-
-
-T = TypeVar("T")
-
-
-def build(kind: type[T], data: object, where: str) -> T:
-    """Make a dataclass from parsed YAML, with errors that name the key in full."""
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{where or 'configuration'}: expected a mapping, got {_show(data)}")
-    hints = get_type_hints(kind)
-    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]  # kind is a dataclass by contract
-    values = {}
-    for key, value in data.items():
-        path = f"{where}.{key}" if where else str(key)
-        if key not in known:
-            raise ConfigError(f"{path}: unknown key; known: {', '.join(sorted(known))}")
-        values[str(key)] = _convert(hints[key], value, path)
-    return kind(**values)
-
-
-def _convert(hint: object, value: object, path: str) -> object:
-    """`value` as the annotated type `hint`, or a ConfigError; ints widen to floats, nothing else is coerced."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _convert(next(a for a in args if a is not type(None)), value, path)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{path}: expected a list, got {_show(value)}")
-        return tuple(_convert(args[0], item, f"{path}.{i}") for i, item in enumerate(value))
-    if isinstance(hint, type) and is_dataclass(hint):
-        return build(hint, value, path)
-    if origin is Mapping:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{path}: expected a mapping, got {_show(value)}")
-        return dict(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(hint, type) or not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{path}: expected {getattr(hint, '__name__', hint)}, got {_show(value)}")
-    return value
-
-
-def _apply_override(data: dict[str, object], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"--set {override!r}: expected key=value")
-    node: object = data
-    *parents, last = key.split(".")
-    for part in parents:
-        node = _step_into(node, part, key)
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {key}: {text!r} is not valid YAML") from error
-    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
-        node[int(last)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise ConfigError(f"--set {key}: no such key")
-
-
-def _step_into(node: object, part: str, key: str) -> object:
-    """The child of a mapping or list on the way to an override; `models` and its first entry are made if absent."""
-    if isinstance(node, dict):
-        return node.setdefault(part, [{}] if part == "models" else {})
-    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
-        return node[int(part)]
-    raise ConfigError(f"--set {key}: there is no {part!r}")
-
-
-def _show(value: object) -> str:
-    return f"{type(value).__name__} {value!r}"[:80]

@@ -9,11 +9,11 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from engine import denoising, speculation
 from engine.config import EngineConfig
 from engine.errors import EngineDead, InvalidRequest
 from engine.protocols import StepHandle, Worker
 from engine.scheduling.scheduler import Scheduler
-from engine.speculation import settle_server
 from engine.types import Capacity, EngineStats, FinishReason, ModelInfo, Request, SeqUpdate, StepPlan, StepReport
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,8 @@ class EngineCore:
         )
         self._drafts = worker.capacity().traits.drafts  # then lookahead is only what may be drafted
         self._drafted = 0  # tokens, up to the last report
-        self._lag = config.scheduler.lag
+        # What a denoised sequence feeds next depends on its result: running ahead would only split the batch in two.
+        self._lag = 0 if worker.capacity().traits.denoises else config.scheduler.lag
         self._clock = clock
         self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
         self._refused: list[SeqUpdate] = []
@@ -173,28 +174,33 @@ def model_info(
 ) -> ModelInfo:
     """What a front process knows of a model once its worker is ready; `created` is in unix seconds.
 
-    Raises ConfigError for a verifier of the server's own that its draft can't be verified by, or with wrong knobs.
+    Raises ConfigError for a verifier of the server's own that its draft can't be verified by, or with wrong knobs, and
+    for settings of `diffusion` that the checkpoint can't have.
     """
     draft, verifier, most = config.model.draft, config.model.verifier, capacity.traits.max_draft
+    diffusion = denoising.settle_server(config.model, capacity)
+    ends = dict.fromkeys((*eos_ids, *(diffusion.spec.stop_ids if diffusion is not None else ())))
+    automatic = diffusion is not None and config.model.pipeline == "autoregressive"
     return ModelInfo(
         id=config.model.name,
         path=config.model.path,
         max_model_len=capacity.max_model_len,
         vocab_size=capacity.vocab_size,
-        eos_ids=tuple(eos_ids),
+        eos_ids=tuple(ends),
         block_size=capacity.block_size,
         num_blocks=capacity.num_blocks,
         created=created,
         quant=capacity.numerics or config.model.quant,
-        pipeline=config.model.pipeline,
+        pipeline="masked_diffusion" if automatic else config.model.pipeline,
         drafter="" if draft is None else draft.drafter,
         draft="" if draft is None else draft.name,
         max_draft=most,
         verifier="" if draft is None else verifier.name,
-        verifier_knobs=settle_server(verifier, capacity.verifiers) if most else (),
+        verifier_knobs=speculation.settle_server(verifier, capacity.verifiers) if most else (),
         verifier_head=verifier.head.rstrip("/").rsplit("/", 1)[-1],
         sample=draft is not None and draft.sample,
         verifiers=capacity.verifiers if most else (),
         max_bias=verifier.max_bias,
         thinking=thinking,
+        diffusion=diffusion,
     )

@@ -6,15 +6,18 @@ import itertools
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import cast, get_type_hints
 
-from engine.config import EngineConfig, build
+from engine.config import EngineConfig
+from engine.config_values import build
 from engine.core import EngineCore, model_info
+from engine.diffusion import DiffusionParams, DiffusionReport
 from engine.errors import ConfigError, StepFailed
 from engine.front.output import RequestOutput, merge
+from engine.hub.diffusion import find_spec
 from engine.hub.drafts import settle_draft
 from engine.hub.resolve import resolve
 from engine.protocols import WorkerFactory
@@ -56,6 +59,20 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     speculation: SpeculationReport | None = None  # where it was asked for
+    diffusion: DiffusionReport | None = None  # likewise
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """How all requests of one call are to be decoded."""
+
+    speculation: SpeculationParams = field(default_factory=SpeculationParams)
+    diffusion: DiffusionParams = field(default_factory=DiffusionParams)
+
+    def sampling(self) -> SamplingParams:
+        """Of a call that gives none."""
+        canvas: object = self.diffusion.canvas  # of a caller who may not have read the type
+        return replace(DEFAULTS, max_tokens=canvas) if isinstance(canvas, int) and canvas > 0 else DEFAULTS
 
 
 class LLM:
@@ -79,7 +96,8 @@ class LLM:
         cache = (cache_dir or CACHE_DIR).expanduser()
         config = settle_draft(config or configure({"path": path, **overrides}), cache, logger.info)
         folder = resolve(config.model.path, cache, logger.info)
-        self.tokenizer = Tokenizer.load(folder)
+        spec = find_spec(folder, config.model.diffusion)
+        self.tokenizer = Tokenizer.load(folder, mask_id=None if spec is None else spec.mask_id)
         loaded = cast(WorkerFactory, resolve_name({worker: worker}, worker, "worker"))(config, folder, _log_phase)
         self._core = EngineCore(loaded, config)
         self._ids = itertools.count()
@@ -90,33 +108,35 @@ class LLM:
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         speculation: SpeculationParams | None = None,
+        diffusion: DiffusionParams | None = None,
     ) -> list[Completion]:
         """Complete texts, or prompts that are token ids already; the answers are in the order of the prompts.
 
         One `params` is used for all prompts, or there is one for each. The default is up to 256 tokens at
         temperature 1 with seed 0: equal prompts give equal answers until they get seeds of their own. `speculation`
-        counts where the model has a drafter.
+        counts where the model has a drafter; `diffusion` is for models that denoise, and its canvas, where there is
+        one, takes the place of the 256.
         Raises InvalidRequest before anything is generated, and StepFailed if a request fails inside the engine.
         """
         texts = [prompts] if isinstance(prompts, str) else prompts
         encoded = [self.tokenizer.encode(p) if isinstance(p, str) else p for p in texts]
-        return self._run(encoded, params or DEFAULTS, "prompt", speculation)
+        wish = _Wish(speculation or SpeculationParams(), diffusion or DiffusionParams())
+        return self._run(encoded, params or wish.sampling(), "prompt", wish)
 
     def chat(self, messages: Sequence[Mapping[str, object]], params: SamplingParams | None = None) -> Completion:
         """The next answer of a conversation, through the model's own chat template."""
-        return self._run([self.tokenizer.encode_chat(messages)], params or DEFAULTS, "messages")[0]
+        return self._run([self.tokenizer.encode_chat(messages)], params or DEFAULTS, "messages", _Wish())[0]
 
     def _run(
         self,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams],
         name: str,
-        speculation: SpeculationParams | None = None,
+        wish: _Wish,
     ) -> list[Completion]:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts, but {len(each)} sets of parameters")
-        wish = speculation or SpeculationParams()
         requests = [self._request(ids, sampling, wish, name) for ids, sampling in zip(prompts, each, strict=True)]
         outputs = {request.id: RequestOutput(request, self.tokenizer) for request in requests}
         events: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
@@ -131,10 +151,11 @@ class LLM:
         self._core.settle()
         return [_completion(request, merge(events[request.id])) for request in requests]
 
-    def _request(self, ids: Sequence[int], sampling: SamplingParams, wish: SpeculationParams, name: str) -> Request:
+    def _request(self, ids: Sequence[int], sampling: SamplingParams, wish: _Wish, name: str) -> Request:
         eos_ids = () if sampling.ignore_eos else self.info.eos_ids
         request_id = f"offline-{next(self._ids)}"
-        request = Request(request_id, tuple(ids), sampling, eos_ids, arrival=time.monotonic(), speculation=wish)
+        request = Request(request_id, tuple(ids), sampling, eos_ids, arrival=time.monotonic())
+        request = replace(request, speculation=wish.speculation, diffusion=wish.diffusion)
         return validate(request, self.info, param=name)
 
     def _take(self, report: StepReport, outputs: dict[str, RequestOutput], events: dict[str, list[TokenEvent]]) -> None:
@@ -167,7 +188,8 @@ class LLM:
 
 def configure(settings: Mapping[str, object]) -> EngineConfig:
     """An engine configuration from keys of all its sections, which have no name in common. Raises ConfigError."""
-    sections = {name: {f.name for f in fields(kind)} for name, kind in get_type_hints(EngineConfig).items()}
+    hints = get_type_hints(EngineConfig)
+    sections = {name: {f.name for f in fields(kind)} for name, kind in hints.items() if is_dataclass(kind)}
     data: dict[str, dict[str, object]] = {}
     for key, value in settings.items():
         section = next((name for name, keys in sections.items() if key in keys), None)
@@ -193,6 +215,7 @@ def _completion(request: Request, event: TokenEvent) -> Completion:
         logprobs=event.logprobs,
         prompt_logprobs=event.prompt_logprobs,
         speculation=event.speculation,
+        diffusion=event.diffusion,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from engine.diffusion import RuleCard
 from engine.types import Capacity, DecodeTraits, EngineStats, Phase, RequestSummary, StepOutput, StepPlan
 from engine.verification import VerifierCard
 
@@ -457,6 +458,35 @@ class Verifier(Protocol):
 
     def verify(self, proposal: DraftProposal, target: TargetRows) -> Verdict:
         """All drafts of one call have one law: Dense where they were drawn, Delta where they were chosen."""
+        ...
+
+
+# ---- denoising -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Profile:
+    """The open blocks of n requests, m positions each (padded): what a rule chooses from.
+
+    `confidence` [n, m] float64 is the rule's `measure` of each position's token, higher is surer; -inf where there is
+    no candidate. `candidates` [n, m] bool: still masked, and open to this step. `quota` [n] int64: how many the
+    request's schedule asks for, at least 1. `knobs`: the rule's, [n] float64 each.
+    """
+
+    confidence: torch.Tensor
+    candidates: torch.Tensor
+    quota: torch.Tensor
+    knobs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+class UnmaskRule(Protocol):
+    """Says which masked positions are committed. Pure; a row depends on nothing but itself."""
+
+    @property
+    def card(self) -> RuleCard: ...
+
+    def choose(self, profile: Profile) -> torch.Tensor:
+        """[n, m] bool, candidates only; at least one in each row that has any. Ties go to the lowest position."""
         ...
 
 

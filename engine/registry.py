@@ -13,6 +13,8 @@ from engine.errors import ConfigError
 PIPELINES = {
     "autoregressive": "engine.pipelines.autoregressive:AutoregressivePipeline",
     "speculative": "engine.pipelines.speculative:SpeculativePipeline",
+    "masked_diffusion": "engine.pipelines.masked_diffusion:MaskedDiffusionPipeline",
+    "dual_diffusion": "engine.pipelines.dual_diffusion:DualDiffusionPipeline",
 }
 ATTENTION = {
     "sdpa": "engine.attention.sdpa:SdpaAttention",
@@ -40,6 +42,17 @@ VERIFIERS = {
     "lenient": "engine.verifiers.lenient:LenientVerifier",
     "typical": "engine.verifiers.typical:TypicalVerifier",
     "top_k_gap": "engine.verifiers.top_k_gap:TopKGapVerifier",
+}
+RULES = {
+    "quota": "engine.unmasking.quota:QuotaRule",
+    "random": "engine.unmasking.random:RandomRule",
+    "entropy": "engine.unmasking.entropy:EntropyRule",
+    "margin": "engine.unmasking.margin:MarginRule",
+    "threshold": "engine.unmasking.threshold:ThresholdRule",
+    "factor": "engine.unmasking.factor:FactorRule",
+    "factor_compat": "engine.unmasking.factor_compat:FactorCompatRule",
+    "frechet": "engine.unmasking.frechet:FrechetRule",
+    "dynamic": "engine.unmasking.dynamic:DynamicRule",
 }
 WORKERS = {
     "local": "engine.runtime.worker:LocalWorker",

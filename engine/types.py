@@ -11,6 +11,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
+from engine.diffusion import DiffusionInfo, DiffusionParams, DiffusionReport, DiffusionSpec, RuleCard
 from engine.verification import VerifierCard
 
 
@@ -94,6 +95,7 @@ class Request:
     cache_salt: str = ""  # requests share cached prefixes only under the same salt
     arrival: float = 0.0
     speculation: SpeculationParams = SpeculationParams()
+    diffusion: DiffusionParams = field(default_factory=DiffusionParams)
 
 
 # ---- what the scheduler keeps and plans ------------------------------------------------------------------
@@ -114,6 +116,21 @@ class Survival:
     belief: float = 1.0  # weight that is left of what was believed before its first round
     resting: int = 0  # steps since it was last drafted for
     patience: int = 32  # so many steps without a draft end in a short one, to see whether times have changed
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """What denoising took. `forwards` are of the served model; `verifies` are among them."""
+
+    forwards: int = 0
+    draft_forwards: int = 0  # of a drafter that is a model of its own
+    verifies: int = 0
+    remasked: int = 0  # tokens that verifying took back
+    positions: int = 0  # fed, of all passes
+    draft_positions: int = 0  # of them, by `draft_forwards`
+
+    def plus(self, other: Passes) -> Passes:
+        return Passes(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
 
 
 @dataclass(slots=True, eq=False)
@@ -144,6 +161,7 @@ class Sequence:
     cached_tokens: int = 0
     scheduled_at: float = 0.0
     preemptions: int = 0
+    passes: Passes = field(default_factory=Passes)  # of all its steps so far, where it is denoised
 
     @property
     def num_tokens(self) -> int:
@@ -173,6 +191,13 @@ class DecodeTraits:
     prefix_cacheable: bool = True  # is a full block's KV a pure function of the tokens up to its end
     drafts: bool = False  # lookahead positions hold drafts: fewer of them, or none, are allowed
     depth: int = 0  # of drafts: most of them that one round may commit, fewer than `lookahead` where they are trees
+    # Tokens come from denoising: a step that reaches the end of the committed tokens covers positions up to
+    # `scheduling.spans.reach`, all of them or none, and what a sequence feeds next depends on its result.
+    denoises: bool = False
+    unit: int = (
+        1  # positions whose KV becomes final together, counted from 0: chunks and shared prefixes end at multiples
+    )
+    canvas: bool = False  # a sequence whose `num_computed` is 0 runs its whole canvas, prompt and all, in one step
 
     @property
     def max_draft(self) -> int:
@@ -250,6 +275,7 @@ class SeqResult:
     # over the draws of its round); empty: not at all.
     bias: tuple[float, ...] = ()
     nfe: int = 1  # forward passes of the target spent
+    passes: Passes | None = None  # of this step, where it denoises
     error: str | None = None
     leaf: bool = False  # of a draft tree: nothing was drafted to follow the accepted tokens
 
@@ -275,6 +301,9 @@ class Capacity:
     # (requests drafted for, seconds) of measured draft passes, rising. Empty: drafting costs no time, or none is known.
     draft_costs: tuple[tuple[int, float], ...] = ()
     verifiers: tuple[VerifierCard, ...] = ()  # that requests may choose from; none where nothing is drafted
+    diffusion: DiffusionSpec | None = None  # of models that denoise
+    rules: tuple[RuleCard, ...] = ()  # that their requests may choose from
+    max_canvas: int = 0  # tokens of prompt and canvas together that a step may feed; 0: no canvases
 
 
 class CostTable:
@@ -321,6 +350,7 @@ class SeqUpdate:
     accepted: int = 0
     leaf: bool = False  # see SeqResult
     bias: tuple[float, ...] = ()  # see SeqResult
+    passes: Passes | None = None  # of the request so far, where it is denoised
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,6 +385,9 @@ class EngineStats:
     spec_accepted: int = 0  # tokens
     spec_accepted_at: tuple[int, ...] = ()  # tokens, by their position in the draft
     verifiers: tuple[VerifierStats, ...] = ()  # those that have verified anything
+    denoised: Passes = Passes()  # of all requests
+    denoise_steps: int = 0  # one per sequence and step that denoises
+    denoise_committed: int = 0  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,6 +423,7 @@ class ModelInfo:
     verifiers: tuple[VerifierCard, ...] = ()  # that requests may choose from
     max_bias: float = 1.0  # most that a request's verifier may move a token's law, in total variation
     thinking: tuple[int, int] | None = None  # the tokens around a thinking span, where the tokenizer has them
+    diffusion: DiffusionInfo | None = None  # of models that denoise
 
 
 @dataclass(frozen=True, slots=True)
@@ -446,6 +480,7 @@ class TokenEvent:
     finish: FinishReason | None = None
     stop_reason: int | str | None = None
     speculation: SpeculationReport | None = None  # with `finish`, where the request asks for it
+    diffusion: DiffusionReport | None = None  # likewise
     origins: str | None = None
 
 

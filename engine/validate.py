@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from engine import denoising, speculation
 from engine.errors import ContextLengthExceeded, InvalidRequest
-from engine.speculation import settle
 from engine.types import ModelInfo, Request, SamplingParams
 
 MAX_LOGPROBS = 20  # alternatives per token
@@ -113,7 +113,7 @@ RULES = (
 
 
 def validate(request: Request, info: ModelInfo, *, param: str = "prompt") -> Request:
-    """The request as it can be run: `max_tokens` is cut to the room that the context leaves, the verifier settled.
+    """The request as it can be run: `max_tokens` is cut to the room that there is, verifier and denoising are settled.
 
     `param` is the client's name of the prompt in errors ("messages" for a chat). Raises InvalidRequest, and
     ContextLengthExceeded when the prompt alone leaves no room for a token.
@@ -123,7 +123,7 @@ def validate(request: Request, info: ModelInfo, *, param: str = "prompt") -> Req
         if not rule.holds(sampling, info):
             raise InvalidRequest(f"{rule.param} {rule.text}", param=rule.param)
     _check_envelope(request)
-    speculation = settle(request.speculation, info)
+    drafting = speculation.settle(request.speculation, info)
     length = len(request.prompt_ids)
     if length == 0:
         raise InvalidRequest(f"{param} must hold at least one token", param=param)
@@ -131,8 +131,9 @@ def validate(request: Request, info: ModelInfo, *, param: str = "prompt") -> Req
         raise ContextLengthExceeded(info.max_model_len, length, sampling.max_tokens, param)
     if not _ids(request.prompt_ids, info):
         raise InvalidRequest(f"{param} must hold ids of the vocabulary, from 0 to {info.vocab_size - 1}", param=param)
+    diffusion = denoising.settle(request, info, param)
     _check_satisfiable(sampling, info)
-    room = min(sampling.max_tokens, info.max_model_len - length)
+    room = min(sampling.max_tokens, diffusion.canvas or info.max_model_len - length)
     fitted = replace(
         sampling,
         max_tokens=room,
@@ -140,7 +141,7 @@ def validate(request: Request, info: ModelInfo, *, param: str = "prompt") -> Req
         temperature=0.0 if sampling.temperature < GREEDY_BELOW else float(sampling.temperature),
         top_k=0 if sampling.top_k >= info.vocab_size else sampling.top_k,
     )
-    return replace(request, sampling=fitted, speculation=speculation)
+    return replace(request, sampling=fitted, speculation=drafting, diffusion=diffusion)
 
 
 def _check_envelope(request: Request) -> None:
@@ -155,6 +156,8 @@ def _check_envelope(request: Request) -> None:
 def _check_satisfiable(params: SamplingParams, info: ModelInfo) -> None:
     """Refuse what plainly leaves no token to draw; what becomes impossible later fails that request alone."""
     banned = {word[0] for word in params.bad_words if len(word) == 1}
+    if info.diffusion is not None:
+        banned.add(info.diffusion.spec.mask_id)
     if params.min_tokens > 0:
         banned.update(params.stop_token_ids, () if params.ignore_eos else info.eos_ids)
     allowed = range(info.vocab_size) if params.allowed_token_ids is None else params.allowed_token_ids

@@ -9,9 +9,11 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
+from engine.diffusion import DiffusionReport
 from engine.errors import EngineDead, StepFailed
 from engine.types import FinishReason, ModelInfo, SpeculationParams, SpeculationReport, TokenEvent, Usage
 from server.convert import Job
+from server.diffusion import diffusion_fields
 from server.speculation import speculation_fields, verifies_exactly
 
 Fields = dict[str, object]
@@ -56,29 +58,33 @@ def finish_word(finish: FinishReason | None) -> str | None:
 
 
 class Meter:
-    """Sums over the choices of a job: tokens (every prompt once, the completions of all) and what drafting did."""
+    """Sums over the choices of a job: tokens (every prompt once, the completions of all), drafting and denoising."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._latest: dict[int, Usage] = {}
         self._unfinished = len(job.requests)
-        self._reports: list[SpeculationReport] = []
+        self._speculation: list[SpeculationReport] = []
+        self._diffusion: list[DiffusionReport] = []
 
     def note(self, index: int, event: TokenEvent) -> None:
         self._latest[index] = event.usage
         if event.finish is not None:
             self._unfinished -= 1
             if event.speculation is not None:
-                self._reports.append(event.speculation)
+                self._speculation.append(event.speculation)
+            if event.diffusion is not None:
+                self._diffusion.append(event.diffusion)
 
     @property
     def complete(self) -> bool:
         """Has every choice ended?"""
         return not self._unfinished
 
-    def speculation(self) -> Fields:
-        """The field of that name; nothing where it is not told."""
-        return {"speculation": speculation_fields(self._reports)} if self._reports else {}
+    def reports(self) -> Fields:
+        """`speculation` and `diffusion`, each where it is told."""
+        told: Fields = {"speculation": speculation_fields(self._speculation)} if self._speculation else {}
+        return told | ({"diffusion": diffusion_fields(self._diffusion)} if self._diffusion else {})
 
     def usage(self) -> Fields:
         prompt = sum(len(prompt.ids) for prompt in self._job.prompts)
@@ -98,7 +104,9 @@ def fingerprint(info: ModelInfo, params: SpeculationParams) -> str:
     verifying = (info.verifier, info.verifier_knobs, info.verifier_head, info.sample)
     exactly = verifies_exactly(params, info)
     drafting = () if exactly else (info.drafter, info.draft, info.max_draft, *verifying)
-    facts = (info.path, info.pipeline, info.quant, info.max_model_len, info.vocab_size, info.eos_ids, *drafting)
+    denoising = () if info.diffusion is None else (info.diffusion,)
+    sizes = (info.max_model_len, info.vocab_size, info.eos_ids)
+    facts = (info.path, info.pipeline, info.quant, *sizes, *drafting, *denoising)
     return f"fp_{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
 
 
@@ -127,6 +135,7 @@ def join(events: Sequence[TokenEvent]) -> TokenEvent:
         finish=last.finish,
         stop_reason=last.stop_reason,
         speculation=last.speculation,
+        diffusion=last.diffusion,
         origins=None if last.origins is None else "".join(event.origins or "" for event in events),
     )
 
@@ -144,7 +153,7 @@ def whole_answer(job: Job, choices: Choices, events: Sequence[Sequence[TokenEven
         **head(job, choices.kind),
         "choices": [choices.whole(index, event) for index, event in enumerate(joined)],
         "usage": meter.usage(),
-        **meter.speculation(),
+        **meter.reports(),
         **choices.extras(joined[0]),
     }
 

@@ -20,11 +20,13 @@ COMMANDS = {
     "bench serve": ("benchmarks.serve:main", "load any OpenAI-compatible server and measure what its users would see"),
     "bench step": ("benchmarks.step:main", "time the engine's steps, without HTTP, beside what the machine allows"),
     "bench verifiers": ("benchmarks.verifiers:main", "what verifiers gain for a model and a draft, and what it costs"),
+    "bench diffusion": ("benchmarks.diffusion:main", "a diffusion model's accuracy and speed by rule, cache and batch"),
     "train-draft": ("training.train_draft:main", "train a draft for a model on the model's own answers"),
     "train-verifier": (
         "training.train_verifier:main",
         "train the head of the verifier diversed, for a pair and a task",
     ),
+    "train-diffusion": ("training.train_diffusion:main", "train a small masked-diffusion model on sheets of exercises"),
     "version": ("server.cli:version", "print the version"),
 }
 Command = Callable[[Sequence[str]], int]

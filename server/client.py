@@ -12,6 +12,7 @@ import httpx
 import msgspec
 
 from server.draft_view import DraftView, Report, Trace, legend
+from server.pass_view import Passes, describe
 from server.settings import load_settings, wants_colours
 
 _HELP = "/clear forgets the conversation, /exit leaves (as does Ctrl-D); Ctrl-C stops an answer."
@@ -40,6 +41,7 @@ class _Chunk(msgspec.Struct):
 
     choices: list[_Choice] = msgspec.field(default_factory=list)
     speculation: Report | None = None
+    diffusion: Passes | None = None
     error: _Error | None = None
 
 
@@ -49,6 +51,14 @@ class Piece(NamedTuple):
     text: str
     trace: Trace | None = None
     report: Report | None = None
+    passes: Passes | None = None
+
+
+class Shown(NamedTuple):
+    """What is shown of an answer beside its text."""
+
+    drafts: bool = False
+    passes: bool = False
 
 
 class _Model(msgspec.Struct):
@@ -85,13 +95,13 @@ class Client:
         """The pieces of the answer, as they come."""
         for chunk in self._stream("chat/completions", {"messages": list(messages)}):
             for choice in chunk.choices or [_Choice()]:
-                yield Piece(choice.delta.content or "", choice.speculation, chunk.speculation)
+                yield Piece(choice.delta.content or "", choice.speculation, chunk.speculation, chunk.diffusion)
 
     def complete(self, prompt: str) -> Generator[Piece, None, None]:
         """The pieces of the continuation, as they come."""
         for chunk in self._stream("completions", {"prompt": prompt}):
             for choice in chunk.choices or [_Choice()]:
-                yield Piece(choice.text, choice.speculation, chunk.speculation)
+                yield Piece(choice.text, choice.speculation, chunk.speculation, chunk.diffusion)
 
     def close(self) -> None:
         self._http.close()
@@ -152,7 +162,7 @@ def chat(arguments: Sequence[str]) -> int:
     parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
     parsed = parser.parse_args(arguments)
     system = [{"role": "system", "content": parsed.system}] if parsed.system else []
-    return _with_client(parsed, lambda client: _converse(client, system, parsed.show_drafts))
+    return _with_client(parsed, lambda client, shown: _converse(client, system, shown))
 
 
 def complete(arguments: Sequence[str]) -> int:
@@ -161,28 +171,30 @@ def complete(arguments: Sequence[str]) -> int:
     parser.add_argument("text", help="the text to continue; - reads it from standard input")
     parsed = parser.parse_args(arguments)
     text = sys.stdin.read() if parsed.text == "-" else parsed.text
-    return _with_client(parsed, lambda client: _print_pieces(client.complete(text), parsed.show_drafts))
+    return _with_client(parsed, lambda client, shown: _print_pieces(client.complete(text), shown))
 
 
-def _with_client(parsed: argparse.Namespace, use: Callable[[Client], object]) -> int:
+def _with_client(parsed: argparse.Namespace, use: Callable[[Client, Shown], object]) -> int:
     names = ("max_tokens", "temperature", "top_p", "seed")
     options: dict[str, object] = {name: value for name in names if (value := getattr(parsed, name)) is not None}
     if parsed.show_drafts:
         options["speculation"] = {"report": True, "trace": True}
+    if parsed.show_passes:
+        options["diffusion"] = {"report": True}
     api_key = parsed.api_key or next(iter(load_settings().keys), None)
     try:
         with contextlib.closing(Client(parsed.url, api_key, parsed.model, options)) as client:
             client.find_model()
             if parsed.show_drafts:
                 print(legend(wants_colours(sys.stdout)))
-            use(client)
+            use(client, Shown(parsed.show_drafts, parsed.show_passes))
     except (ClientError, httpx.InvalidURL) as error:
         print(f"slipstream: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _converse(client: Client, system: list[dict[str, str]], show_drafts: bool = False) -> None:
+def _converse(client: Client, system: list[dict[str, str]], shown: Shown) -> None:
     history = list(system)
     prompt = ""
     if sys.stdin.isatty():
@@ -205,7 +217,7 @@ def _converse(client: Client, system: list[dict[str, str]], show_drafts: bool = 
         elif text:
             history.append({"role": "user", "content": text})
             try:
-                answer = _print_pieces(client.chat(history), show_drafts)
+                answer = _print_pieces(client.chat(history), shown)
             except ClientError as error:
                 print(f"slipstream: {error}", file=sys.stderr)
                 history.pop()  # so that the next message does not fail for the same reason
@@ -213,16 +225,18 @@ def _converse(client: Client, system: list[dict[str, str]], show_drafts: bool = 
                 history.append({"role": "assistant", "content": answer})
 
 
-def _print_pieces(pieces: Generator[Piece, None, None], show_drafts: bool = False) -> str:
+def _print_pieces(pieces: Generator[Piece, None, None], shown: Shown) -> str:
     """Print a stream as it comes and return the whole of it; Ctrl-C ends it, and closing it tells the server."""
-    view = DraftView(wants_colours(sys.stdout)) if show_drafts else None
-    whole, report = [], None
+    view = DraftView(wants_colours(sys.stdout)) if shown.drafts else None
+    whole, report, passes = [], None, None
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(pieces):
-        for text, trace, told in pieces:
-            report = told or report
+        for text, trace, told, taken in pieces:
+            report, passes = told or report, taken or passes
             whole.append(text)
             print(text if view is None else view.show(text, trace), end="", flush=True)
     print("" if view is None else view.close(report))
+    if shown.passes:
+        print(describe(passes))
     return "".join(whole)
 
 
@@ -236,4 +250,7 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens of this joint mass")
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
     parser.add_argument("--show-drafts", action="store_true", help="mark each token by where it came from")
+    parser.add_argument(
+        "--show-passes", action="store_true", help="tell in how many forward passes a diffusion model denoised it"
+    )
     return parser

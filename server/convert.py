@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from engine.types import Request, SamplingParams
 from server import unsupported
 from server.contract import Engine, Tokenizer
+from server.diffusion import answer_length, check_echo, diffusion_params
 from server.errors import ApiError, invalid
 from server.prompts import Prompt, check_limit, encode_messages, encode_prompts
 from server.schemas import CompletionBody, GenerationBody, default
@@ -53,9 +54,11 @@ async def completion_job(body: CompletionBody, service: Service) -> Job:
     if len(prompts) * n > service.settings.max_sequences:
         raise invalid("n", f"prompts times n must be at most {service.settings.max_sequences}")
     # The engine generates at least one token. For scoring alone it is made and not shown.
-    max_tokens = 1 if score_only else default(body.max_tokens, COMPLETION_MAX_TOKENS)
+    asked = default(body.max_tokens, answer_length(body, engine.info, COMPLETION_MAX_TOKENS))
+    max_tokens = 1 if score_only else asked
     prompt_logprobs = body.prompt_logprobs
     if body.echo and body.logprobs is not None:
+        check_echo(engine.info)
         prompt_logprobs = max(body.logprobs, prompt_logprobs or 0)
     sampling = _sampling(body, engine.tokenizer, max_tokens, body.logprobs, prompt_logprobs)
     return _job("cmpl", body, engine, prompts, sampling, score_only)
@@ -78,9 +81,11 @@ async def chat_job(body: ChatBody, service: Service) -> Job:
             400, "This model has no chat template; use /v1/completions.", param="messages", code="no_chat_template"
         )
     ids = await encode_messages(engine, body.messages, body, service, bool(body.add_special_tokens))
-    rest = max(1, engine.info.max_model_len - len(ids))
+    info, rest = engine.info, max(1, engine.info.max_model_len - len(ids))
+    room = rest if info.diffusion is None else min(rest, info.diffusion.defaults.canvas)
+    max_tokens = default(asked, answer_length(body, info, room))
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    sampling = _sampling(body, engine.tokenizer, default(asked, rest), logprobs, body.prompt_logprobs)
+    sampling = _sampling(body, engine.tokenizer, max_tokens, logprobs, body.prompt_logprobs)
     return _job("chatcmpl", body, engine, (Prompt(tuple(ids)),), sampling)
 
 
@@ -161,6 +166,7 @@ def _job(
 ) -> Job:
     job_id, n = f"{prefix}-{secrets.token_hex(16)}", default(body.n, 1)
     speculation = speculation_params(body.speculation, engine.info)
+    diffusion = diffusion_params(body.diffusion, engine.info)
     requests = tuple(
         Request(
             id=f"{job_id}-{i * n + j}",
@@ -171,6 +177,7 @@ def _job(
             priority=body.priority or 0,
             cache_salt=body.cache_salt or "",
             speculation=speculation,
+            diffusion=diffusion,
         )
         for i, prompt in enumerate(prompts)
         for j in range(n)

@@ -65,6 +65,25 @@ def _read(command: str, description: str, arguments: Sequence[str]) -> tuple[Con
     parser.add_argument("--config", metavar="FILE", help="a YAML file; configs/ has examples")
     parser.add_argument("--host", metavar="H", help="where to listen (default: 127.0.0.1)")
     parser.add_argument("--port", metavar="P", type=int, help="default: 8000")
+    _add_decoding_flags(parser)
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="change one value of the configuration, as in models.0.quant=none; may be given again",
+    )
+    parsed = parser.parse_args(arguments)
+    overrides = list(parsed.set)
+    if parsed.model is not None:  # another model, so not the name that the file gives to its own
+        overrides = [f"models.0.path={json.dumps(parsed.model)}", 'models.0.id=""', *overrides]
+    config = load(parsed.config, (*_decoding_overrides(parsed), *overrides))
+    flags = {name: value for name in ("host", "port") if (value := getattr(parsed, name)) is not None}
+    return config, load_settings(config.server, **flags)
+
+
+def _add_decoding_flags(parser: argparse.ArgumentParser) -> None:
+    """Shortcuts for keys of the first model; `_decoding_overrides` knows which."""
     parser.add_argument(
         "--draft", metavar="DRAFT", help="draft with `ngram`, or with a draft checkpoint: its folder or hub id"
     )
@@ -84,23 +103,29 @@ def _read(command: str, description: str, arguments: Sequence[str]) -> tuple[Con
         help="most that a request's verifier may move a token's law, from 0 (lossless ones alone) to 1 (the default)",
     )
     parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="change one value of the configuration, as in models.0.quant=none; may be given again",
+        "--rule",
+        metavar="NAME",
+        help="of diffusion models: which masked positions a step commits: threshold (of most the default), frechet,"
+        " factor, factor_compat, quota, margin, entropy, random or dynamic",
     )
-    parsed = parser.parse_args(arguments)
-    overrides = list(parsed.set)
-    if parsed.model is not None:  # another model, so not the name that the file gives to its own
-        overrides = [f"models.0.path={json.dumps(parsed.model)}", 'models.0.id=""', *overrides]
-    config = load(parsed.config, (*_draft_overrides(parsed), *overrides))
-    flags = {name: value for name in ("host", "port") if (value := getattr(parsed, name)) is not None}
-    return config, load_settings(config.server, **flags)
+    parser.add_argument(
+        "--cache",
+        metavar="NAME",
+        help="of diffusion models: what a step does not compute anew: none (exact, the default), prefix or dual; block"
+        " (exact, the default) or dual for block-causal ones",
+    )
+    parser.add_argument(
+        "--canvas", metavar="N", type=int, help="tokens of an answer whose request has no max_tokens (default: 256)"
+    )
+    parser.add_argument(
+        "--diffusion-drafter",
+        metavar="MODEL",
+        help="draft with this diffusion model, and verify with the one that is served: its folder or hub id",
+    )
 
 
-def _draft_overrides(parsed: argparse.Namespace) -> list[str]:
-    """What the flags that are about drafts change in the first model."""
+def _decoding_overrides(parsed: argparse.Namespace) -> list[str]:
+    """What the flags that are about drafts and denoising change in the first model."""
     overrides = []
     if parsed.draft is not None:
         if not parsed.draft:
@@ -108,12 +133,18 @@ def _draft_overrides(parsed: argparse.Namespace) -> list[str]:
         plain = parsed.draft in UNTRAINED_DRAFTERS
         drafter, path = (parsed.draft, "") if plain else ("auto", parsed.draft)
         overrides += ["pipeline=speculative", f"draft.path={json.dumps(path)}", f"draft.drafter={drafter}"]
+    if parsed.diffusion_drafter is not None:
+        overrides += ["pipeline=dual_diffusion"]
     flags = {
         "draft.max_draft": parsed.max_draft,
         "draft.tree": parsed.draft_tree,
         "verifier.name": parsed.verifier,
         "verifier.head": parsed.verifier_head,
         "verifier.max_bias": parsed.max_bias,
+        "diffusion.rule": parsed.rule,
+        "diffusion.cache": parsed.cache,
+        "diffusion.canvas": parsed.canvas,
+        "diffusion.drafter": parsed.diffusion_drafter,
     }
     overrides += [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     return [f"models.0.{override}" for override in overrides]

@@ -88,6 +88,27 @@ VERIFIER_COUNTERS: Final = {
     ),
 }
 
+# Exposed for models that denoise: the field of EngineStats, or of its `denoised`, that a counter follows; its name, and
+# what it counts. The first three are vLLM's. The engine's totals, not those of answers.
+DIFFUSION_COUNTERS: Final = {
+    "denoise_steps": (
+        "vllm:diffusion_num_denoising_steps_total",
+        "Denoise steps: one per request and step that denoises.",
+    ),
+    "denoised.positions": (
+        "vllm:diffusion_num_canvas_positions_total",
+        "Positions fed to forward passes of requests that are denoised.",
+    ),
+    "denoise_committed": ("vllm:diffusion_num_committed_tokens_total", "Tokens that denoising brought."),
+    "denoised.forwards": ("slipstream:diffusion_forwards_total", "Forward passes of the served model, by request."),
+    "denoised.draft_forwards": (
+        "slipstream:diffusion_draft_forwards_total",
+        "Forward passes of a drafter that is a model of its own, by request.",
+    ),
+    "denoised.verifies": ("slipstream:diffusion_verifies_total", "Forward passes that verified drafted tokens."),
+    "denoised.remasked": ("slipstream:diffusion_remasked_tokens_total", "Drafted tokens that verifying took back."),
+}
+
 # One more label, with every value it can have: all of them are exposed from the start.
 LABELLED_GAUGES: Final = {
     "vllm:num_requests_waiting_by_reason": ("Waiting requests by reason.", "reason", ("capacity", "deferred")),

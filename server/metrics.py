@@ -7,6 +7,7 @@ page. Label children are looked up once per model: an observer's call costs a fe
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 
 from prometheus_client import (
     CollectorRegistry,
@@ -98,6 +99,10 @@ class _Families:
             field: Counter(name, text, (*labels, "verifier"), registry=registry)
             for field, (name, text) in names.VERIFIER_COUNTERS.items()
         }
+        self.diffusion = {
+            field: Counter(name, text, labels, registry=registry)
+            for field, (name, text) in names.DIFFUSION_COUNTERS.items()
+        }
         self.accepted_at = Counter(*names.ACCEPTED_BY_POSITION, (*labels, "position"), registry=registry)
         self.rejections = Counter(
             "vllm:admission_rejections_total",
@@ -139,6 +144,8 @@ class _ModelObserver:
         self._first_token = self._histograms["vllm:time_to_first_token_seconds"]
         self._between_tokens = self._histograms["vllm:inter_token_latency_seconds"]
         self._speculation = _SpeculationCounters(families, model, engine, info) if info.max_draft else None
+        denoised = families.diffusion.items() if info.diffusion is not None else ()
+        self._diffusion = [(attrgetter(field), family.labels(model, engine)) for field, family in denoised]
         self._last = EngineStats()
         self._labelled_gauges["vllm:engine_sleep_state", "awake"].set(1)
 
@@ -161,6 +168,8 @@ class _ModelObserver:
             self._advance(f"{prefix}prefix_cache_hits_total", stats.prefix_hits - last.prefix_hits)
         if self._speculation is not None and stats.spec_rounds > last.spec_rounds:
             self._speculation.advance(stats, last)
+        for read, counter in self._diffusion:
+            counter.inc(max(0, read(stats) - read(last)))
         if stats.steps > last.steps:
             self._histograms["vllm:iteration_tokens_total"].observe(stats.step_tokens)
             self._histograms["slipstream:engine_step_seconds"].observe(stats.step_seconds)

@@ -13,6 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from server.schemas_diffusion import Diffusion
+
 MAX_LISTED = 1024  # entries of logit_bias, bad_words, stop_token_ids
 MAX_STOP_CHARS = 1024
 MAX_DRAFT = 1024  # that a request may name
@@ -213,6 +215,7 @@ class GenerationBody(Body):
     priority: Int32 | None = Field(None, description="Lower runs first.")
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     speculation: Speculation | None = None
+    diffusion: Diffusion | None = None
 
 
 class CompletionBody(GenerationBody):

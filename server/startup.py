@@ -25,20 +25,22 @@ class StartupTable:
         self._lock = threading.Lock()
         self._began = time.monotonic()
         self._rows = 0
+        several = max(map(len, models)) + 2 if len(models) > 1 else 0  # the rows of each then begin with its name
+        self._width = 28 + several
 
     def add(self, phase: Phase) -> None:
         """One phase is over."""
         memory = f"{phase.memory / 2**20:,.0f} MB" if phase.memory else "-"
         with self._lock:
             if not self._rows:
-                self._print(f"{'phase':<28} {'seconds':>8} {'memory':>10}")
+                self._print(f"{'phase':<{self._width}} {'seconds':>8} {'memory':>10}")
             self._rows += 1
-            self._print(f"{phase.name:<28} {phase.seconds:>8.1f} {memory:>10}  {phase.detail}".rstrip())
+            self._print(f"{phase.name:<{self._width}} {phase.seconds:>8.1f} {memory:>10}  {phase.detail}".rstrip())
 
     def finish(self) -> None:
         """Every model answers: the last row, and how to ask."""
         with self._lock:
-            self._print(f"{'ready':<28} {time.monotonic() - self._began:>8.1f}\n")
+            self._print(f"{'ready':<{self._width}} {time.monotonic() - self._began:>8.1f}\n")
             self._print(f"{', '.join(self._models)} at {self._url}/v1 (Ctrl-C stops the server). Try:\n")
             self._print(curl(self._url, self._models[0], needs_key=self._needs_key))
 

@@ -136,7 +136,7 @@ class Frame:
     def chunk(self, choices: list[Fields], extras: Fields | None = None) -> bytes:
         """Without choices it is the last chunk, which has the usage of the whole answer.
 
-        The last chunk of a stream also has what drafting did for all choices, where that is told.
+        The last chunk of a stream also has what drafting and denoising did for all choices, where that is told.
         """
         fields: Fields = {**self._head, "choices": choices}
         if self._continuous or not choices:
@@ -144,7 +144,7 @@ class Frame:
         elif self.include_usage:
             fields["usage"] = None
         if self.meter.complete and self.include_usage is not bool(choices):
-            fields |= self.meter.speculation()
+            fields |= self.meter.reports()
         return sse({**fields, **extras} if extras else fields)
 
 

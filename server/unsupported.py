@@ -30,7 +30,6 @@ REFUSED: Mapping[str, str] = {
          "repetition_detection", "thinking_token_budget", "stop_regex"), _SAMPLER
     ),
     **dict.fromkeys(("audio", "prompt_embeds", "input_embeds", "mm_processor_kwargs", "multi_modal_data"), _TEXT_ONLY),
-    "diffusion": "the pipeline of this model has no such extension",
     "truncate_prompt_tokens": "prompts are never cut; shorten it",
     "truncation_side": "prompts are never cut",
     "chat_template": "a template per request is not allowed; use chat_template_kwargs for its variables",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from engine.diffusion import DiffusionReport
 from engine.tokenizer.detokenizer import Detokenizer
 from engine.tokenizer.tokenizer import Tokenizer
 from engine.types import (
     FinishReason,
+    Passes,
     Request,
     RequestSummary,
     SeqUpdate,
@@ -79,6 +81,7 @@ class RequestOutput:
         self.num_tokens = 0  # completion tokens that count
         self._detokenizer = Detokenizer(tokenizer, request.sampling, request.prompt_ids)
         self._rounds = Rounds(request)
+        self._passes = Passes()
         self._prompt_logprobs: list[TokenLogprob] = []
         self._cached_tokens = 0
         self._preemptions = 0
@@ -119,6 +122,7 @@ class RequestOutput:
             finish=finish,
             stop_reason=piece.stop if piece.stop is not None else update.stop_token_id,
             speculation=self._rounds.report() if finish and self.request.speculation.report else None,
+            diffusion=self._denoised() if finish and self.request.diffusion.report else None,
             origins=origins(update, piece.num_tokens) if self.request.speculation.trace else None,
         )
 
@@ -127,8 +131,21 @@ class RequestOutput:
         self._preemptions = update.preemptions
         self._cached_tokens = update.cached_tokens
         self._scheduled_at = update.scheduled_at or self._scheduled_at
+        self._passes = update.passes or self._passes
         if update.prompt_logprobs and self.num_tokens == 0:
             self._prompt_logprobs.extend(update.prompt_logprobs)
+
+    def _denoised(self) -> DiffusionReport:
+        """What all steps up to the end of the answer took; their tokens up to where it was cut."""
+        passes = self._passes
+        return DiffusionReport(
+            params=self.request.diffusion,
+            forwards=passes.forwards,
+            draft_forwards=passes.draft_forwards,
+            verifies=passes.verifies,
+            remasked=passes.remasked,
+            tokens=self.num_tokens,
+        )
 
     def _report_prompt(self) -> tuple[TokenLogprob | None, ...] | None:
         if self.request.sampling.prompt_logprobs is None:
@@ -172,5 +189,6 @@ def merge(events: list[TokenEvent]) -> TokenEvent:
         finish=last.finish,
         stop_reason=last.stop_reason,
         speculation=last.speculation,
+        diffusion=last.diffusion,
         origins=None if last.origins is None else "".join(event.origins or "" for event in events),
     )

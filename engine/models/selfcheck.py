@@ -6,6 +6,8 @@ layer that ignores positions, a convolution between layers, a mask of its own) w
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -14,7 +16,7 @@ from engine.models.adapter import DecoderAdapter
 from engine.models.context import PagedContext
 from engine.models.support import context_length
 from engine.protocols import AttentionBackend
-from engine.runtime.batch import SeqInput, pack
+from engine.runtime.batch import AttentionMode, SeqInput, pack
 from engine.runtime.kv_cache import LayerShape, PagedKVCache
 
 LENGTHS = (29, 17)
@@ -43,19 +45,32 @@ def first_positions(config: PretrainedConfig) -> tuple[int, ...]:
     return (0, max(context_length(config) - LENGTHS[1], 0))
 
 
-@torch.inference_mode()
 def plain_logits(model: PreTrainedModel, vocab_size: int) -> list[torch.Tensor]:
     """fp32 logits [length, vocabulary] of the model's own eager forward; call before anything is replaced.
 
     Raises ModelLoadError if the model itself fails.
     """
+    return run_plain(model, sample_ids(vocab_size), first_positions(model.config))
+
+
+@torch.inference_mode()
+def run_plain(
+    model: PreTrainedModel,
+    sequences: list[torch.Tensor],
+    firsts: tuple[int, ...],
+    masks: list[torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
+    """`plain_logits` of these ids from these positions on. `masks` [T, T] are added to the scores of attention."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     logits = []
     try:
-        for ids, first in zip(sample_ids(vocab_size), first_positions(model.config), strict=True):
+        for index, (ids, first) in enumerate(zip(sequences, firsts, strict=True)):
             positions = torch.arange(first, first + len(ids), device=model.device)
-            out = model(input_ids=ids[None].to(model.device), position_ids=positions[None], use_cache=False)
+            mask = None if masks is None else masks[index][None, None].to(model.device, model.dtype)
+            out = model(
+                input_ids=ids[None].to(model.device), position_ids=positions[None], use_cache=False, attention_mask=mask
+            )
             logits.append(out.logits[0].float())
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         kind, cause = model.config.model_type, f"{type(error).__name__}: {error}"
@@ -65,34 +80,62 @@ def plain_logits(model: PreTrainedModel, vocab_size: int) -> list[torch.Tensor]:
     return logits
 
 
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """Feed ids start to end - 1 of a sequence, and let them attend to its first `seen` positions."""
+
+    sequence: int
+    start: int
+    end: int
+    seen: int
+
+
 def paged_logits(
     adapter: DecoderAdapter, shapes: tuple[LayerShape, ...], backend: AttentionBackend, dtype: torch.dtype
 ) -> list[torch.Tensor]:
     """The same logits over a small paged pool, fed by CHUNKS, both sequences in one batch."""
-    device = adapter.device
-    all_ids = sample_ids(adapter.vocab_size)
-    blocks_each = -(-max(LENGTHS) // BLOCK_SIZE)
+    done, steps = [0, 0], []
+    for chunk in CHUNKS:
+        ends = [start + size for start, size in zip(done, chunk, strict=True)]
+        steps.append([Fed(i, done[i], end, end) for i, end in enumerate(ends) if end > done[i]])
+        done = ends
+    firsts = first_positions(adapter.model.config)
+    return run_paged(adapter, shapes, backend, dtype, (sample_ids(adapter.vocab_size), firsts), steps)
+
+
+def run_paged(
+    adapter: DecoderAdapter,
+    shapes: tuple[LayerShape, ...],
+    backend: AttentionBackend,
+    dtype: torch.dtype,
+    sequences: tuple[list[torch.Tensor], tuple[int, ...]],
+    steps: list[list[Fed]],
+    how: tuple[AttentionMode, int] = (AttentionMode.CAUSAL, 1),
+) -> list[torch.Tensor]:
+    """Logits of both sequences (ids, first positions), a step a pass; what is fed twice counts by its last pass.
+
+    `how` is the attention mode and its block length.
+    """
+    device, (all_ids, firsts) = adapter.device, sequences
+    blocks_each = -(-max(map(len, all_ids)) // BLOCK_SIZE)
     cache = PagedKVCache(shapes, 2 * blocks_each, BLOCK_SIZE, dtype, device)
     scattered = torch.randperm(2 * blocks_each, generator=torch.Generator().manual_seed(7)).tolist()
     tables = (scattered[:blocks_each], scattered[blocks_each:])
-    firsts = first_positions(adapter.model.config)
-    done, parts = [0, 0], ([], [])  # type: tuple[list[int], tuple[list[torch.Tensor], list[torch.Tensor]]]
-    for chunk in CHUNKS:
-        fed = [i for i, size in enumerate(chunk) if size]
-        inputs = []
-        for i in fed:
-            end = done[i] + chunk[i]
-            inputs.append(SeqInput(all_ids[i][done[i] : end].tolist(), done[i], tables[i], end))
-        batch = pack(inputs, BLOCK_SIZE, device)
+    logits = [torch.empty(len(ids), adapter.vocab_size, device=device) for ids in all_ids]
+    for step in steps:
+        inputs = [
+            SeqInput(all_ids[fed.sequence][fed.start : fed.end].tolist(), fed.start, tables[fed.sequence], fed.seen)
+            for fed in step
+        ]
+        batch = pack(inputs, BLOCK_SIZE, device, *how)
         context = PagedContext(cache, backend.prepare(batch), batch.slots)
-        sizes = torch.tensor([chunk[i] for i in fed])
-        shift = torch.tensor([firsts[i] for i in fed]).repeat_interleave(sizes).to(device)
-        rows = torch.arange(sum(chunk), device=device)
-        logits = adapter.forward(batch.ids, batch.positions + shift, rows, context)
-        for i, part in zip(fed, logits.split(sizes.tolist()), strict=True):
-            parts[i].append(part)
-            done[i] += chunk[i]
-    return [torch.cat(part) for part in parts]
+        sizes = torch.tensor([fed.end - fed.start for fed in step])
+        shift = torch.tensor([firsts[fed.sequence] for fed in step]).repeat_interleave(sizes).to(device)
+        rows = torch.arange(int(sizes.sum()), device=device)
+        scored = adapter.forward(batch.ids, batch.positions + shift, rows, context)
+        for fed, part in zip(step, scored.split(sizes.tolist()), strict=True):
+            logits[fed.sequence][fed.start : fed.end] = part
+    return logits
 
 
 def check(

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from engine.config import ModelConfig
-from engine.protocols import Drafter, Follower, ForwardRunner, Pipeline, Verifier, VerifierHead
-from engine.registry import DRAFTERS, PIPELINES, VERIFIERS, resolve
+from engine.diffusion import DiffusionSpec
+from engine.protocols import Drafter, Follower, ForwardRunner, Pipeline, UnmaskRule, Verifier, VerifierHead
+from engine.registry import DRAFTERS, PIPELINES, RULES, VERIFIERS, resolve
 from engine.speculation import settle_server
 
 HEADED = ("diversed",)  # verifiers that are built over a trained head
@@ -67,3 +68,23 @@ def build_pipeline(
         tree=config.draft.tree,
         sample=config.draft.sample,
     )
+
+
+def build_rules() -> dict[str, UnmaskRule]:
+    """All unmask rules by name, in the order of their table: any of them goes with any diffusion model."""
+    return {name: cast(Callable[[], UnmaskRule], resolve(RULES, name, "unmask rule"))() for name in RULES}
+
+
+def build_denoiser(
+    config: ModelConfig,
+    runner: ForwardRunner,
+    spec: DiffusionSpec,
+    rules: dict[str, UnmaskRule],
+    fast: tuple[ForwardRunner, DiffusionSpec] | None = None,
+) -> Pipeline:
+    """The configured pipeline over a diffusion model; `fast` is the model that drafts for it, if that is another one.
+
+    Raises ConfigError for a name that no table knows.
+    """
+    kind = cast(Callable[..., Pipeline], resolve(PIPELINES, config.pipeline, "pipeline"))
+    return kind(runner, spec, rules) if fast is None else kind(runner, spec, rules, *fast)

@@ -20,6 +20,11 @@ def usable_cores(cgroup: Path = _CGROUP, cpus: Path = _CPUS) -> int:
     return max(cores if quota is None else min(cores, int(quota)), 1)
 
 
+def threads_of(cores: int, share: float) -> int:
+    """Whole cores of a share, at least 1: two engines that overlap on one core cost both more than it gives."""
+    return max(1, int(cores * share + 1e-6))
+
+
 def _physical(allowed: set[int], cpus: Path) -> int:
     siblings = set()
     for cpu in allowed:

@@ -24,7 +24,10 @@ GRAPHS = 1 << 29
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes that a loaded target and its draft hold. What the draft uses of the target's weights is the target's."""
+    """Bytes that a loaded target and its draft hold. What the draft uses of the target's weights is the target's.
+
+    The draft may be a diffusion model that drafts for another one.
+    """
 
     target_weights: int
     draft_weights: int
@@ -32,10 +35,19 @@ class Memory:
     draft_pool: int
 
 
-def memory_of(loaded: LoadedModel, draft: LoadedDraft | None, config: EngineConfig, num_blocks: int) -> Memory:
-    """What a target and its draft hold, with a pool of `num_blocks` blocks."""
+def memory_of(
+    loaded: LoadedModel,
+    draft: LoadedDraft | None,
+    config: EngineConfig,
+    num_blocks: int,
+    fast: LoadedModel | None = None,
+) -> Memory:
+    """What a target and its draft, or the `fast` model beside it, hold, with a pool of `num_blocks` blocks."""
     size = config.kv.block_size
     draft_weights, draft_pool = 0, 0
+    if fast is not None:
+        draft_weights = weight_bytes(fast.adapter.model)
+        draft_pool = num_blocks * block_bytes(fast.shapes, size, fast.placement.dtype)
     if draft is not None:
         draft_weights = weight_bytes(draft.network)
         draft_pool = (num_blocks + scratch_blocks(config, draft)) * draft.block_bytes(size)
@@ -49,12 +61,16 @@ def size_pool(
     bytes_per_block: int,
     lookahead: int = 0,
     draft: LoadedDraft | None = None,
+    fast: LoadedModel | None = None,
 ) -> tuple[int, int, str]:
     """(blocks, tokens that one sequence may have, what a step's temporaries need in words). See `plan_pool`.
 
-    A draft's pool has a block for each of the target's, so the two share the memory; its scratch comes on top.
+    The pool of a draft, or of the `fast` model that drafts for a diffusion model, has a block for each of the
+    target's, so the two share the memory; a draft's scratch comes on top.
     """
     device = loaded.placement.device
+    both = [loaded] if fast is None else [loaded, fast]  # a step runs one after the other
+    context = min(model.context_length for model in both)
     # Laws of all rows, once as they are computed and once laid out by draft, if all requests have a verifier with laws.
     drafting = 2 * 4 * config.scheduler.max_num_seqs * (1 + lookahead) * loaded.adapter.vocab_size if lookahead else 0
     if draft is not None:
@@ -62,24 +78,42 @@ def size_pool(
         bytes_per_block += each
         drafted = config.scheduler.max_num_seqs * draft.most  # rows, with their logits twice
         drafting += scratch_blocks(config, draft) * each + 2 * 4 * drafted * loaded.adapter.vocab_size
+    if fast is not None:
+        bytes_per_block += block_bytes(fast.shapes, config.kv.block_size, fast.placement.dtype)
     if device.type == "cpu":
-        text = loaded.adapter.config
-        intermediate = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-        reserve = activation_bytes(config, text.hidden_size, intermediate, loaded.adapter.vocab_size) + drafting
-        blocks, length = plan_pool(config, bytes_per_block, loaded.context_length, available_bytes(), reserve)
+        reserve = max(_step_estimate(config, model) for model in both) + drafting
+        blocks, length = plan_pool(config, bytes_per_block, context, available_bytes(config.model.share), reserve)
         return blocks, length, f"{_mib(reserve)} kept for a step (estimated)"
-    reserve = step_peak(config, loaded, lookahead) + GRAPHS + drafting
+    reserve = max(step_peak(config, model, lookahead) for model in both) + GRAPHS + drafting
     free, total = torch.cuda.mem_get_info(device)
     own = torch.cuda.memory_reserved(device)
     measured = measured_budget(config, total, free, own) - reserve
-    blocks, length = plan_pool(config, bytes_per_block, loaded.context_length, free, reserve, measured)
+    blocks, length = plan_pool(config, bytes_per_block, context, free, reserve, measured)
     return blocks, length, f"{_mib(reserve)} kept for a step (measured) and graphs, {_mib(free)} of {_mib(total)} free"
+
+
+def scored_rows(config: EngineConfig, loaded: LoadedModel, lookahead: int = 0) -> int:
+    """Most rows whose logits a step draws from: a diffusion model scores what is masked of each open block."""
+    spec, most = loaded.diffusion, config.scheduler.max_batched_tokens
+    if spec is None:
+        return config.scheduler.max_num_seqs * (1 + lookahead)
+    wished = config.model.diffusion.block_length if config.model.diffusion is not None else None
+    each = spec.block_length if spec.block_causal else max(spec.block_length, wished or 0)
+    return max(min(config.scheduler.max_num_seqs * each, most), 1)
+
+
+def _step_estimate(config: EngineConfig, loaded: LoadedModel) -> int:
+    """Bytes that the largest step takes on a CPU; the rows of a draft's law are not counted."""
+    text, vocab = loaded.adapter.config, loaded.adapter.vocab_size
+    intermediate = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    further = 0 if loaded.diffusion is None else max(scored_rows(config, loaded) - config.scheduler.max_num_seqs, 0)
+    return activation_bytes(config, text.hidden_size, intermediate, vocab) + 4 * 4 * further * vocab
 
 
 def step_peak(config: EngineConfig, loaded: LoadedModel, lookahead: int) -> int:
     """Bytes that the largest step takes on a CUDA device besides weights and pool, by running it."""
     device = loaded.placement.device
-    rows = config.scheduler.max_num_seqs * (1 + lookahead)
+    rows = scored_rows(config, loaded, lookahead)
     tokens = max(config.scheduler.max_batched_tokens, rows)
     runner = loaded.runner(-(-tokens // config.kv.block_size) + tokens // loaded.context_length, config.kv.block_size)
     torch.cuda.synchronize(device)

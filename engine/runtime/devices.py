@@ -9,11 +9,11 @@ from typing import cast
 
 import torch
 
-from engine.config import ModelConfig, ParallelConfig
+from engine.config import EngineConfig, ModelConfig, ParallelConfig
 from engine.errors import ConfigError, DeviceOutOfMemory, EngineDead, SlipstreamError
 from engine.protocols import AttentionBackend
 from engine.registry import ATTENTION, resolve
-from engine.runtime.cores import usable_cores
+from engine.runtime.cores import threads_of, usable_cores
 from engine.runtime.linear import packing_available
 
 logger = logging.getLogger(__name__)
@@ -78,9 +78,19 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tup
     return _backend(last), f"{last} ({'; '.join(refused)})" if refused else last
 
 
-def prepare_torch(parallel: ParallelConfig) -> None:
-    """Process-wide settings of torch, before anything is computed."""
-    torch.set_num_threads(parallel.threads or usable_cores())
+def prepare_engine(config: EngineConfig) -> None:
+    """`prepare_torch` for one of the server's engine processes, which divide the cores among them."""
+    threads, cores = config.parallel.threads, usable_cores()
+    if config.engines > 1 and threads is not None and threads * config.engines > cores:
+        # No error: it is fine for models that are rarely asked at the same time.
+        text = "parallel.threads: %d engine processes of %d threads each slow each other down on %d cores when all work"
+        logger.warning(text, config.engines, threads, cores)
+    prepare_torch(config.parallel, config.core_share)
+
+
+def prepare_torch(parallel: ParallelConfig, share: float = 1.0) -> None:
+    """Process-wide settings of torch, before anything is computed. `share`: of the cores, at least one in the end."""
+    torch.set_num_threads(parallel.threads or threads_of(usable_cores(), share))
     # Sums of a split product are made in fp32: in 16 bits they would depend on the batch more than rounding does.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

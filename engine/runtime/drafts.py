@@ -37,7 +37,7 @@ def load_draft(config: DraftConfig | None, loaded: LoadedModel, folder: Path, on
         raise ConfigError(f"models.draft.path: the drafter {config.drafter!r} needs the folder of its network")
     load = cast(Callable[[Path, DraftHost], LoadedDraft], resolve(DRAFT_MODELS, config.drafter, "drafter"))
     with phase("draft", on_phase) as note:
-        draft = load(_folder(config.path), draft_host(loaded, folder))
+        draft = load(find_folder(config.path), draft_host(loaded, folder))
         note.append(f"{draft.detail}, {weight_bytes(draft.network) / 2**20:.1f} MiB")
     if config.max_draft is not None and config.max_draft > draft.most:
         raise ConfigError(
@@ -99,12 +99,12 @@ def _verifier_head(
         raise ConfigError("models.verifier.head: a head reads hidden states of a draft network, and here is none")
     with phase("verifier head", on_phase) as note:
         _, states = runner.forward_with_states([SeqInput([0], 0, (0,), 1)], [0])  # can they be had, and how wide?
-        pair = PairPart(folder, states.shape[-1]), PairPart(_folder(config.draft.path), draft.width)
-        head = load_head(_folder(config.verifier.head), *pair, runner.adapter.device)
+        pair = PairPart(folder, states.shape[-1]), PairPart(find_folder(config.draft.path), draft.width)
+        head = load_head(find_folder(config.verifier.head), *pair, runner.adapter.device)
         note.append(config.verifier.head)
     return head
 
 
-def _folder(path: str) -> Path:
-    """A folder as it is, or a hub id."""
+def find_folder(path: str) -> Path:
+    """The folder of a second checkpoint: a folder as it is, or a hub id. Raises ModelLoadError."""
     return find(path, Path("~/.cache/slipstream").expanduser())

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 
 from engine.config import ModelConfig
-from engine.models import selfcheck
+from engine.diffusion import DiffusionSpec
+from engine.hub.diffusion import find_spec
+from engine.models import selfcheck, selfcheck_diffusion
 from engine.models.adapter import DecoderAdapter
 from engine.models.context import ForwardContext, PagedContext
 from engine.models.fusion import fuse, fused_levels
@@ -31,7 +33,10 @@ OnPhase = Callable[[Phase], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """A checked model without a KV pool. `context_length` is what it declares, in tokens."""
+    """A checked model without a KV pool. `context_length` is what it declares, in tokens.
+
+    `diffusion` says how it denoises; None for an autoregressive one.
+    """
 
     adapter: DecoderAdapter
     shapes: tuple[LayerShape, ...]
@@ -39,6 +44,7 @@ class LoadedModel:
     placement: Placement
     context_length: int
     numerics: str  # see `Capacity`
+    diffusion: DiffusionSpec | None = None
 
     def runner(self, num_blocks: int, block_size: int) -> ModelRunner:
         """The model over a new pool."""
@@ -49,11 +55,13 @@ class LoadedModel:
 def load_checked(config: ModelConfig, folder: Path, on_phase: OnPhase) -> LoadedModel:
     """Load, fuse, pack and check the model of a folder. Raises ModelLoadError and ConfigError."""
     with phase("device", on_phase) as note:
+        spec = find_spec(folder, config.diffusion)
         model_config = load_config(folder)
         placement = place(config, stored_dtype(model_config))
         attention, why = choose_attention(config.attention, placement.device, placement.dtype)
         quant, dtype = placement.quant, placement.dtype
-        note.append(f"{placement.detail}, attention: {why}")
+        threads = f", threads: {torch.get_num_threads()}" if placement.device.type == "cpu" else ""
+        note.append(f"{placement.detail}, attention: {why}{threads}")
     with phase("weights", on_phase):
         model = load_model(folder, model_config, dtype, placement.device, config.load_format)
         vocab_size = model_config.get_text_config().vocab_size
@@ -62,17 +70,22 @@ def load_checked(config: ModelConfig, folder: Path, on_phase: OnPhase) -> Loaded
         shapes = adapter.probe()
         check_windows(adapter, shapes, attention, dtype, selfcheck.tolerance("none", dtype))
         expected = selfcheck.plain_logits(model, vocab_size)
+        if spec is not None:
+            expected += selfcheck_diffusion.plain_logits(model, vocab_size, spec)
     with phase("fusion and packing", on_phase) as note:
         note.append(f"fused: {fuse_and_pack(adapter, shapes, attention, quant)}; weights: {quant}")
     with phase("self-check", on_phase) as note:
         got = selfcheck.paged_logits(adapter, shapes, attention, dtype)
+        if spec is not None:
+            got += selfcheck_diffusion.paged_logits(adapter, shapes, attention, dtype, spec)
+            note.append(f"{spec.family}, {spec.attention} attention")
         tolerance = selfcheck.tolerance(quant, dtype)
         rounded = tolerance > selfcheck.TOLERANCE["none"]
         tipped = selfcheck.TIPPED if rounded and has_experts(model_config) else 0.0
         error = selfcheck.check(expected, got, tolerance, model_config.model_type, tipped)
         note.append(f"paged forward within {error:.1e} of the model's own")
     numerics = f"{placement.name}, {placement.dtype_name}, {quant}, {why}"
-    return LoadedModel(adapter, shapes, attention, placement, context_length(model_config), numerics)
+    return LoadedModel(adapter, shapes, attention, placement, context_length(model_config), numerics, spec)
 
 
 def fuse_and_pack(

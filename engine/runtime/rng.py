@@ -45,6 +45,8 @@ class Purpose(IntEnum):
     ACCEPT = 2  # the coin of a rejection test
     RESIDUAL = 3  # the token that replaces a rejected one
     BONUS = 4  # the token after a fully accepted draft, in verifiers that promise the law only
+    DENOISE = 5  # a masked position's token; the step is the denoise step within its block
+    ORDER = 6  # the order in which masked positions are committed, where that is random; likewise
 
 
 class Draw(NamedTuple):

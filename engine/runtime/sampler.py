@@ -84,6 +84,17 @@ class Sampler:
             laws[layout.truncated.rows] = left.log_softmax(1)
         return laws.masked_fill_(failed.unsqueeze(1), float("nan"))
 
+    def denoise(self, logits: Tensor, states: Sequence[SamplingState], *, tempered: bool) -> tuple[Tensor, Tensor]:
+        """The token of each row as `sample` draws it, and the scores [n, vocab_size] that say how sure it is.
+
+        The softmax of these is the law at temperature 1, after the rules and not truncated; if `tempered`, the law
+        that the token is drawn from (for greedy rows there is none but the first). No number where a row failed.
+        """
+        tokens = self.sample(logits, states).tokens
+        if tempered:
+            return tokens, self.processed_log_probs(logits, states, soft=True)
+        return tokens, _edited(logits[:, : self._vocab_size], self._layout_of(states, logits.device))[0]
+
     def _layout_of(self, states: Sequence[SamplingState], device: torch.device) -> Layout:
         if self._layout is None or not self._layout.fits(states, device):
             self._layout = Layout(states, self._vocab_size, device)

@@ -20,13 +20,17 @@ class SamplingState:
     Memory is O(prompt + output) with penalties or bad words and O(1) without; `push` is O(1).
     """
 
-    __slots__ = ("_bans", "_choice", "_min_bans", "allowed", "bias", "counts", "num_outputs", "position", "sampling")
+    __slots__ = (
+        *("_bans", "_choice", "_min_bans", "_purpose", "_step"),
+        *("allowed", "bias", "counts", "num_outputs", "position", "sampling"),
+    )
 
     def __init__(self, request: Request, output_ids: Sequence[int] = ()) -> None:
         self.sampling = sampling = request.sampling
         self.position = len(request.prompt_ids)  # of the token to draw
         self.num_outputs = 0
         self._choice = request.choice
+        self._purpose, self._step = Purpose.TARGET, 0  # of its own draws
         allowed = sampling.allowed_token_ids
         self.allowed = None if allowed is None else np.array(allowed, dtype=np.int64)
         self.bias = Bias(sampling.logit_bias) if sampling.logit_bias else None
@@ -61,6 +65,14 @@ class SamplingState:
             states[-1].push(token)
         return states
 
+    def masked(self, position: int, step: int) -> SamplingState:
+        """What the draw of a masked position sees in this denoise step; for requests whose order of tokens is free."""
+        new = self._copy()
+        new.num_outputs += position - self.position
+        new.position = position
+        new._purpose, new._step = Purpose.DENOISE, step
+        return new
+
     def _copy(self) -> SamplingState:
         new = object.__new__(SamplingState)
         for name in self.__slots__:
@@ -86,8 +98,10 @@ class SamplingState:
         if self._bans is not None:
             yield from self._bans.banned()
 
-    def draw(self, purpose: Purpose = Purpose.TARGET) -> Draw:
-        return Draw(self.sampling.seed, self._choice, self.position, purpose)
+    def draw(self, purpose: Purpose | None = None) -> Draw:
+        """Of this purpose, or of its own."""
+        purpose = self._purpose if purpose is None else purpose
+        return Draw(self.sampling.seed, self._choice, self.position, purpose, self._step)
 
 
 class Bias:

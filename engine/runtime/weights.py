@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -17,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from engine.errors import ModelLoadError
+from engine.models.families.table import find_family
 from engine.models.support import check_supported
 from engine.runtime.linear import PackedLinear, pack_linear
 
@@ -29,6 +31,7 @@ _LOAD_FAILURES = (
     LookupError,
     OSError,
     RuntimeError,
+    StrictDataclassError,  # a configuration's field of the wrong type
     TypeError,
     ValueError,
 )
@@ -38,10 +41,14 @@ MADV_PAGEOUT = 21  # <linux/mman.h>; safe on any memory, unlike MADV_DONTNEED
 def load_config(folder: Path) -> PretrainedConfig:
     """The checkpoint's configuration. Raises ModelLoadError if it is broken, unknown, or can't be served."""
     try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        raw = _read_config(folder)
         if "auto_map" in raw:
             logger.warning("config.json names code of its own (auto_map); it is ignored, only built-in model code runs")
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        family = find_family(raw)
+        if family is None:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        else:
+            config = family.config(raw)
     except _LOAD_FAILURES as error:
         raise ModelLoadError(f"{folder.name}: no usable config.json: {_first_line(error)}") from error
     check_supported(config)
@@ -92,8 +99,13 @@ def dummy_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.devi
 
 
 def _stored_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Weights from safetensors, mapped rather than copied. Raises ModelLoadError when any is missing."""
+    """Weights from safetensors, mapped rather than copied. Raises ModelLoadError when any is missing.
+
+    In a family's checkpoint none may be left over either: its own code might have used it.
+    """
+    problems = ["missing_keys", "mismatched_keys", "error_msgs"]
     try:
+        family = find_family(_read_config(folder))
         loaded: tuple[PreTrainedModel, dict[str, list[str]]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
             folder,
             config=config,
@@ -102,11 +114,13 @@ def _stored_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype) ->
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            key_mapping=dict(family.names) if family is not None and family.names else None,
         )
     except (*_LOAD_FAILURES, SafetensorError) as error:
         raise ModelLoadError(f"{folder.name}: the weights can't be loaded: {_first_line(error)}") from error
     model, info = loaded
-    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
+    problems += [] if family is None else ["unexpected_keys"]
+    for problem in problems:
         if info.get(problem):
             names = ", ".join(sorted(str(name) for name in info[problem])[:3])
             raise ModelLoadError(f"{folder.name}: {problem.replace('_', ' ')} in the weights: {names}")
@@ -151,6 +165,11 @@ def release_pages(module: torch.nn.Module) -> None:
             length = parameter.data_ptr() + parameter.nbytes - begin
             if length > 0:
                 libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), MADV_PAGEOUT)
+
+
+def _read_config(folder: Path) -> dict[str, object]:
+    raw: dict[str, object] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return raw
 
 
 def _first_line(error: Exception) -> str:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import torch
 
 from engine.config import EngineConfig
-from engine.errors import DeviceOutOfMemory
+from engine.diffusion import DiffusionSpec
+from engine.errors import DeviceOutOfMemory, InsufficientMemory
 from engine.models.draft_host import LoadedDraft
-from engine.protocols import PricedPipeline
-from engine.runtime.assembly import build_drafter, build_pipeline
+from engine.protocols import Pipeline, PricedPipeline
+from engine.runtime.assembly import build_denoiser, build_drafter, build_pipeline, build_rules
 from engine.runtime.costs import Costs, measure_costs
+from engine.runtime.denoising import load_fast, settle_model
 from engine.runtime.device_memory import memory_of, size_pool
-from engine.runtime.devices import device_failure, prepare_torch
+from engine.runtime.devices import device_failure, prepare_engine
 from engine.runtime.drafts import bind_draft, load_draft, offer_verifiers
 from engine.runtime.kv_cache import block_bytes
-from engine.runtime.loading import OnPhase, load_checked, phase
-from engine.types import Capacity, StepOutput, StepPlan
+from engine.runtime.loading import LoadedModel, OnPhase, load_checked, phase
+from engine.runtime.runner import ModelRunner
+from engine.types import Capacity, DecodeTraits, StepOutput, StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -39,24 +42,32 @@ class LocalWorker:
     """A worker in this process, on one device. See `protocols.Worker`."""
 
     def __init__(self, config: EngineConfig, folder: Path, on_phase: OnPhase) -> None:
-        prepare_torch(config.parallel)
+        prepare_engine(config)
+        config = settle_model(config, folder)
         loaded = load_checked(config.model, folder, on_phase)
         loaded.attention.check_block_size(config.kv.block_size)
         self._device = loaded.placement.device
         draft = load_draft(config.model.draft, loaded, folder, on_phase)
+        fast = load_fast(config.model, loaded, folder, on_phase)
         with phase("KV pool", on_phase) as note:
             size = block_bytes(loaded.shapes, config.kv.block_size, loaded.placement.dtype)
-            blocks, max_len, step = size_pool(config, loaded, size, _lookahead(config, draft), draft)
+            blocks, max_len, step = size_pool(config, loaded, size, _lookahead(config, draft), draft, fast)
             runner = loaded.runner(blocks, config.kv.block_size)
             note += [f"{blocks} blocks of {config.kv.block_size} tokens, {blocks * size / 2**20:.0f} MiB", step]
             follower = None if draft is None else bind_draft(draft, config, blocks)
             if follower is not None:
                 runner.follow(follower)
-            self.memory = memory_of(loaded, draft, config, blocks)
-            note += [f"{self.memory.draft_pool / 2**20:.0f} MiB for the draft"] if draft is not None else []
-        if max_len < loaded.context_length:
-            declared = loaded.context_length
+            self.memory = memory_of(loaded, draft, config, blocks, fast)
+            note += [f"{self.memory.draft_pool / 2**20:.0f} MiB for the draft"] if draft or fast else []
+        declared = min(model.context_length for model in (loaded, fast) if model is not None)
+        if max_len < declared:
             logger.warning("context cut from %d to %d tokens: that is what the KV pool holds", declared, max_len)
+        offer = Capacity(
+            blocks, config.kv.block_size, max_len, runner.vocab_size, DecodeTraits(), numerics=loaded.numerics
+        )
+        if loaded.diffusion is not None:
+            self._pipeline, self._capacity = _denoising(config, loaded.diffusion, runner, fast, offer)
+            return
         drafter = build_drafter(config.model, follower)
         verifiers = offer_verifiers(config.model, folder, runner, draft, drafter, on_phase)
         self._pipeline = build_pipeline(config.model, runner, follower, drafter, verifiers)
@@ -67,16 +78,9 @@ class LocalWorker:
                 costs = measure_costs(config, runner, None if follower is None else drafter, blocks, traits.max_draft)
                 cast(PricedPipeline, self._pipeline).set_costs(costs.steps, costs.drafts, costs.trees)
                 note.append(str(costs))
-        self._capacity = Capacity(
-            num_blocks=blocks,
-            block_size=config.kv.block_size,
-            max_model_len=max_len,
-            vocab_size=runner.vocab_size,
-            traits=traits,
-            step_costs=costs.steps,
-            numerics=loaded.numerics,
-            draft_costs=costs.drafts,
-            verifiers=tuple(verifier.card for verifier in verifiers),
+        cards = tuple(verifier.card for verifier in verifiers)
+        self._capacity = replace(
+            offer, traits=traits, step_costs=costs.steps, draft_costs=costs.drafts, verifiers=cards
         )
 
     def capacity(self) -> Capacity:
@@ -99,6 +103,33 @@ class LocalWorker:
 
     def close(self) -> None:
         """Nothing to release: tensors go with the process."""
+
+
+def _denoising(
+    config: EngineConfig, spec: DiffusionSpec, runner: ModelRunner, fast: LoadedModel | None, offer: Capacity
+) -> tuple[Pipeline, Capacity]:
+    """The pipeline of a diffusion model, and `offer` with what denoising adds to it.
+
+    Nothing is drafted for whose price would have to be measured, and no verifier but the pipeline's own.
+    """
+    rules, pair = build_rules(), None
+    if fast is not None and fast.diffusion is not None:
+        pair = fast.runner(offer.num_blocks, offer.block_size), fast.diffusion
+        offer = replace(offer, vocab_size=min(offer.vocab_size, fast.adapter.vocab_size))  # one may be padded
+    pipeline = build_denoiser(config.model, runner, spec, rules, pair)
+    length = offer.max_model_len - offer.max_model_len % pipeline.traits.unit
+    if length == 0:
+        raise InsufficientMemory(
+            f"models.max_model_len: {offer.max_model_len} tokens are less than one block of {pipeline.traits.unit}"
+        )
+    return pipeline, replace(
+        offer,
+        max_model_len=length,  # in whole blocks: the last one is denoised as a whole, too
+        traits=pipeline.traits,
+        diffusion=spec,
+        rules=tuple(rule.card for rule in rules.values()),
+        max_canvas=config.scheduler.max_batched_tokens if pipeline.traits.canvas else 0,
+    )
 
 
 def _lookahead(config: EngineConfig, draft: LoadedDraft | None) -> int:

@@ -13,7 +13,6 @@ class Share(NamedTuple):
     start: int
     feed: int
     lookahead: int
-    pending: bool
 
 
 def samples(seq: Sequence, item: ScheduledSeq) -> bool:
@@ -30,14 +29,14 @@ def backlog(seq: Sequence, traits: DecodeTraits) -> int | None:
     """Tokens to feed before the sequence can go on, or None if it has to wait for a step in flight.
 
     Behind a sampling step that is one token, yet unseen; but not where that step may reach the sequence's limit,
-    and not for sequences that can't be chunked: what those feed next depends on the result.
+    and not for sequences that are denoised or can't be chunked: what those feed next depends on the result.
     """
     if not seq.in_flight:
         return seq.num_tokens - seq.num_computed
     if not traits.chunkable:
         return None
     if awaits_tokens(seq):
-        return 1 if seq.num_reserved + 1 < seq.limit else None
+        return 1 if not traits.denoises and seq.num_reserved + 1 < seq.limit else None
     return seq.num_tokens - seq.num_reserved
 
 
@@ -57,8 +56,9 @@ def reserved(seq: Sequence) -> int:
 
 
 class Want(NamedTuple):
-    """What a running sequence would like of a step: tokens to feed, then positions to write past them."""
+    """What a sequence would like of a step: tokens to feed from `start`, then positions to write past them."""
 
+    start: int
     todo: int
     lookahead: int
 
@@ -68,16 +68,14 @@ class StepBudget:
 
     Decodes are never starved by prefills: what all of them need is set aside first. Their lookahead shrinks to
     what is left, and to half of that while prompts wait, so that drafting never keeps a prompt out. Prompts get
-    the rest, in chunks. A sequence that can't be chunked is planned whole; larger than the budget, it runs alone.
+    the rest, in chunks.
     """
 
     def __init__(self, total: int, traits: DecodeTraits, wants: list[Want], *, queued: bool) -> None:
         """`wants`: of each running sequence; `queued`: could a waiting one start in this step?"""
         self.left = total
-        self._total = total
-        self._chunkable = traits.chunkable
         self._bonus = int(traits.drafts)  # a round commits one token more than it drafts
-        self._decode_limit = traits.lookahead + 1 if traits.chunkable else -1  # a longer backlog is a prefill
+        self._decode_limit = traits.lookahead + 1  # a longer backlog is a prefill
         self._cap = traits.lookahead
         decodes = [want for want in wants if want.todo <= self._decode_limit]
         drafting = sum(want.lookahead > 0 for want in decodes)
@@ -88,17 +86,14 @@ class StepBudget:
                 self._cap = spare // drafting
         self._set_aside = min(total, sum(map(self._need, decodes)))
 
-    def offer(self, seq: Sequence, start: int, want: Want, *, pending: bool = False) -> Share | None:
-        """What the sequence may run from `start`; None if nothing is left for it."""
-        todo = want.todo
+    def offer(self, seq: Sequence, want: Want) -> Share | None:
+        """What the sequence may run; None if nothing is left for it."""
+        start, todo = want.start, want.todo
         room = self.left - self._set_aside
         wanted = max(0, min(want.lookahead, self._cap, seq.limit - start - todo - self._bonus))
-        if not self._chunkable:
-            alone = self.left == self._total
-            return Share(start, todo, wanted, pending) if todo + wanted <= room or alone else None
         feed = min(todo, room)
         lookahead = min(wanted, room - feed)
-        return Share(start, feed, lookahead, pending) if feed >= 0 and feed + lookahead > 0 else None
+        return Share(start, feed, lookahead) if feed >= 0 and feed + lookahead > 0 else None
 
     def visit(self, want: Want) -> None:
         """A running sequence has its turn: what was set aside for it is free to be spent, by it or others."""

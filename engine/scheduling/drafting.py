@@ -12,6 +12,7 @@ from collections.abc import Sequence as Many
 from dataclasses import replace
 
 from engine.scheduling.passes import Candidate, PassControl
+from engine.scheduling.spans import reach
 from engine.types import Capacity, CostTable, ScheduledSeq, SeqResult, Sequence, StepOutput, Survival, VerifierStats
 
 START = (1.5, 1.0)  # tokens that stood, rounds cut short: what is believed of a sequence before its first round
@@ -39,7 +40,9 @@ class DraftControl:
         self.accepted_at = [0] * capacity.traits.max_draft
 
     def bound(self, seq: Sequence) -> int:
-        """Most positions past its last token that a step may write for this sequence."""
+        """Most positions past its last token that a step may write for this sequence; all of them if it is denoised."""
+        if self._traits.denoises:
+            return reach(seq, self._traits) - seq.num_tokens
         most = self._traits.lookahead
         return seq.request.speculation.bound(most) if self._traits.drafts else most
 

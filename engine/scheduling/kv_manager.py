@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from math import lcm
 
 from engine.errors import IntegrityError
 from engine.scheduling.block_pool import BlockPool
@@ -12,12 +13,21 @@ from engine.types import Sequence
 
 
 class KVManager:
-    """Tables are append-only between `admit` and `release`; with `prefix_cache` off nothing is hashed at all."""
+    """Tables are append-only between `admit` and `release`; with `prefix_cache` off nothing is hashed at all.
 
-    def __init__(self, num_blocks: int, block_size: int, hash_seed: bytes, *, prefix_cache: bool) -> None:
+    What is shared are groups of blocks, as few as hold whole units: where the KV of `unit` positions becomes final
+    together, a position's KV depends on tokens behind its own block. So a block's digest covers its whole group,
+    groups are found and published whole, and a block is never taken for one of another group that begins like it.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, hash_seed: bytes, *, prefix_cache: bool, unit: int = 1
+    ) -> None:
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
         self.prefix_cache = prefix_cache
+        self.share_size = lcm(block_size, unit)  # tokens of a group
+        self._group = self.share_size // block_size  # its blocks
         self._hasher = BlockHasher(hash_seed)
 
     def match(self, seq: Sequence) -> list[int]:
@@ -32,12 +42,12 @@ class KVManager:
         if seq.request.sampling.prompt_logprobs is not None and seq.num_scored < len(seq.request.prompt_ids) - 1:
             usable = seq.num_scored
         found: list[int] = []
-        for index in range(usable // self.block_size):
+        for index in range(usable // self.share_size * self._group):
             block = self.pool.lookup(self._digest(seq, index))
             if block is None:
                 break
             found.append(block)
-        return found
+        return found[: len(found) // self._group * self._group]
 
     def shortage(self, found: list[int], end: int) -> int:
         """Free blocks that are missing to admit a sequence with these matched blocks up to position `end`."""
@@ -68,7 +78,7 @@ class KVManager:
         """Let every full block be found whose KV is final; such positions hold committed tokens."""
         if not self.prefix_cache:
             return
-        full = seq.num_computed // self.block_size
+        full = seq.num_computed // self.share_size * self._group
         for index in range(seq.num_published, full):
             self.pool.publish(seq.block_ids[index], self._digest(seq, index))
         seq.num_published = max(seq.num_published, full)
@@ -103,10 +113,15 @@ class KVManager:
         return -(-positions // self.block_size)
 
     def _digest(self, seq: Sequence, index: int) -> bytes:
-        """Digest of full block `index`; hashes each block of a sequence once in its life."""
-        digests, size = seq.digests, self.block_size
+        """Digest of block `index` of a group that is full; hashes each group of a sequence once in its life.
+
+        The first block of a group has the digest of all the group's tokens, the others that of their place in it.
+        """
+        digests, size = seq.digests, self.share_size
         while len(digests) <= index:
-            start = len(digests) * size
-            parent = digests[-1] if digests else self._hasher.root(seq.request.cache_salt)
-            digests.append(self._hasher.extend(parent, seq.ids(start, start + size)))
+            start = len(digests) * self.block_size
+            parent = digests[-self._group] if digests else self._hasher.root(seq.request.cache_salt)
+            whole = self._hasher.extend(parent, seq.ids(start, start + size))
+            digests.append(whole)
+            digests.extend(self._hasher.extend(whole, (place,)) for place in range(1, self._group))
         return digests[index]

@@ -9,6 +9,7 @@ from engine.scheduling.budget import Share, StepBudget, Want, awaits_tokens, bac
 from engine.scheduling.drafting import DraftControl
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.roster import Roster
+from engine.scheduling.spans import SpanBudget
 from engine.types import Admission, Capacity, ScheduledSeq, Sequence, SequenceStatus
 
 
@@ -19,6 +20,9 @@ class Planner:
     again, keeping its tokens (preemption by recompute). A waiting request may push out running ones of a lower
     priority, at the end of their step, only if that gives it enough memory; it never pushes out anyone for a
     place among `max_num_seqs`.
+
+    Denoised sequences run whole spans, so that a step may have no room for one: those that were left out come first
+    in the next step, the longest waiting one before the others.
     """
 
     def __init__(
@@ -31,6 +35,7 @@ class Planner:
         self._kv = kv
         self._roster = roster
         self._clock = clock
+        self._late: dict[Sequence, None] = {}  # left out of the last step for want of room, in the order of their turn
         self.drafting = DraftControl(capacity)
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -39,78 +44,105 @@ class Planner:
         """The items and admissions of the next step; `num_reserved` and `in_flight` count them from now on."""
         items: list[ScheduledSeq] = []
         admitted: list[Admission] = []
-        ready = self._wants()
-        queued = len(self._roster.running) < self._max_running and self._roster.waiting.head() is not None
-        budget = StepBudget(self._total, self._traits, [want for _, want in ready], queued=queued)
-        if self._plan_running(ready, budget, items):
-            while (seq := self._admit_head(budget, items)) is not None:
-                admitted.append(Admission(seq.request, tuple(seq.output_ids)))
+        late, self._late = self._late, {}
+        ready = self._wants(late)
+        budget = self._budget([want for _, want in ready], late)
+        turns = sum(seq in late for seq, _ in ready)
+        enough = self._plan_running(ready[:turns], budget, items)
+        head = self._roster.waiting.head()
+        # A canvas that waits to start takes its turn with those that run: it needs no more memory later, and they
+        # need none. Else a few denoise steps could keep a large one out for as long as they go on.
+        if head in late and self._traits.canvas and enough:
+            self._admit_head(budget, items, admitted)
+        enough = self._plan_running(ready[turns:], budget, items) and enough
+        while enough and self._admit_head(budget, items, admitted):
+            pass
         return tuple(items), tuple(admitted)
 
-    def _wants(self) -> list[tuple[Sequence, Want]]:
-        """What each running sequence would like of this step; those that have to wait are left out."""
-        todos = [(seq, todo) for seq in self._roster.running if (todo := backlog(seq, self._traits)) is not None]
+    def _budget(self, wants: list[Want], late: dict[Sequence, None]) -> StepBudget | SpanBudget:
+        if self._traits.denoises:
+            return SpanBudget(self._total, self._traits, wants, late)
+        queued = len(self._roster.running) < self._max_running and self._roster.waiting.head() is not None
+        return StepBudget(self._total, self._traits, wants, queued=queued)
+
+    def _wants(self, late: dict[Sequence, None]) -> list[tuple[Sequence, Want]]:
+        """What each running sequence would like of this step, late ones first; those that have to wait are left out."""
+        running = self._roster.running
+        if late:
+            turns = [seq for seq in late if seq.status is SequenceStatus.RUNNING]
+            running = turns + [seq for seq in running if seq not in late]
+        todos = [(seq, todo) for seq in running if (todo := backlog(seq, self._traits)) is not None]
         fed = min(self._total, sum(todo for _, todo in todos))
         grants = self.drafting.grants(todos, fed)
-        return [(seq, Want(todo, grant)) for (seq, todo), grant in zip(todos, grants, strict=True)]
+        return [(seq, Want(seq.num_reserved, todo, grant)) for (seq, todo), grant in zip(todos, grants, strict=True)]
 
-    def _plan_running(self, ready: list[tuple[Sequence, Want]], budget: StepBudget, items: list[ScheduledSeq]) -> bool:
+    def _plan_running(
+        self, ready: list[tuple[Sequence, Want]], budget: StepBudget | SpanBudget, items: list[ScheduledSeq]
+    ) -> bool:
         """Plan those that run already. False if memory was short: then nobody may be admitted in this step."""
         enough = True
         for seq, want in ready:
             budget.visit(want)
             if seq.status is not SequenceStatus.RUNNING:  # preempted for one before it
                 continue
-            share = budget.offer(seq, seq.num_reserved, want, pending=awaits_tokens(seq))
-            if share is None:
-                continue
-            if not self._kv.grow(seq, share.start + share.feed + share.lookahead):
+            share = budget.offer(seq, want)
+            if share is not None and not self._kv.grow(seq, share.start + share.feed + share.lookahead):
                 enough = False
-                if not self._make_room(seq, share):
-                    continue
-            items.append(_item(seq, share, budget))
+                if not self._make_room(seq, share, items):
+                    share = None
+            if share is not None:
+                items.append(_item(seq, share, budget))
+            elif self._traits.denoises and seq.status is SequenceStatus.RUNNING:
+                self._late[seq] = None
         return enough
 
-    def _make_room(self, seq: Sequence, share: Share) -> bool:
+    def _make_room(self, seq: Sequence, share: Share, items: list[ScheduledSeq]) -> bool:
         """Preempt from the end of the order until `seq` can grow. False if it must wait, or was the last itself.
 
-        Everyone before `seq` in the order is planned already and everyone after it is not, so no plan is undone.
+        Everyone before `seq` in the order is planned already and everyone after it is not, so no plan is undone;
+        only late ones are planned out of order, and `seq` waits for those: in the next step it comes before them.
         If blocks are on their way back from steps in flight, they are awaited rather than more taken.
         """
         end = share.start + share.feed + share.lookahead
         while not self._kv.grow(seq, end):
-            if self._roster.leaving:
-                return False
             victim = self._roster.running[-1]
+            if self._roster.leaving or any(item.request_id == victim.request.id for item in items):
+                return False
             self._roster.preempt(victim)
             if victim is seq:
                 return False
         return True
 
-    def _admit_head(self, budget: StepBudget, items: list[ScheduledSeq]) -> Sequence | None:
-        """Start the head of the queue, with blocks for all its tokens at once; None if it has to wait.
+    def _admit_head(
+        self, budget: StepBudget | SpanBudget, items: list[ScheduledSeq], admitted: list[Admission]
+    ) -> bool:
+        """Start the head of the queue, with blocks for all its tokens at once. False if it has to wait.
 
         Nobody overtakes the head: a long prompt gets its turn as soon as enough memory is free.
         """
         seq = self._roster.waiting.head()
         if seq is None or len(self._roster.running) >= self._max_running or budget.left <= 0:
-            return None
+            return False
         found = self._kv.match(seq)
         start = len(found) * self._kv.block_size
         lookahead = self.drafting.first(seq)
-        share = budget.offer(seq, start, Want(seq.num_tokens - start, lookahead))
+        share = budget.offer(seq, Want(start, seq.num_tokens - start, lookahead))
         if share is None:
-            return None
-        end = min(seq.num_tokens + lookahead, seq.limit)
+            if self._traits.canvas:
+                self._late[seq] = None
+            return False
+        end = seq.num_tokens + lookahead
+        end = end if self._traits.denoises else min(end, seq.limit)
         missing = self._kv.shortage(found, end) + (self._watermark if self._roster.running else 0)
         if missing > 0:
             self._push_out(seq, missing)
-            return None
+            return False
         self._roster.start(found, end)
         if seq.preemptions == 0:
             self._count_first(seq, start)
         items.append(_item(seq, share, budget))
-        return seq
+        admitted.append(Admission(seq.request, tuple(seq.output_ids)))
+        return True
 
     def _push_out(self, seq: Sequence, missing: int) -> None:
         """Preempt running sequences of a lower priority, the last first, if that may free `missing` blocks."""
@@ -132,9 +164,10 @@ class Planner:
             self.prefix_hits += cached
 
 
-def _item(seq: Sequence, share: Share, budget: StepBudget) -> ScheduledSeq:
+def _item(seq: Sequence, share: Share, budget: StepBudget | SpanBudget) -> ScheduledSeq:
     """Put a share, whose blocks are there, into the step."""
-    start, feed, lookahead, pending = share
+    start, feed, lookahead = share
+    pending = awaits_tokens(seq)
     tokens = () if pending else seq.ids(start, start + feed)
     item = ScheduledSeq(seq.request.id, start, tokens, lookahead, seq.block_table, pending)
     seq.in_flight.append(item)

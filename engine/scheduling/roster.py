@@ -24,7 +24,7 @@ class Roster:
 
     def __init__(self, kv: KVManager) -> None:
         self.sequences: dict[str, Sequence] = {}
-        self.waiting = WaitingQueue(kv.block_size if kv.prefix_cache else None)
+        self.waiting = WaitingQueue(kv.share_size if kv.prefix_cache else None)
         self.running: list[Sequence] = []
         self.leaving: set[Sequence] = set()
         self.preemptions = 0

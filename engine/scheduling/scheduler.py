@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable
 
 from engine.config import SchedulerConfig
-from engine.errors import IntegrityError, InvalidRequest
+from engine.errors import ConfigError, IntegrityError, InvalidRequest
 from engine.scheduling import stops
 from engine.scheduling.budget import reserved, samples
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.planner import Planner
 from engine.scheduling.roster import Roster, ending
+from engine.scheduling.spans import Denoised, least_budget
 from engine.types import (
     Capacity,
     EngineStats,
@@ -49,12 +50,22 @@ class Scheduler:
         hash_seed: bytes,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`prefix_cache` counts only where the pipeline's traits allow it; `hash_seed`: 16 to 64 secret bytes."""
-        shares = prefix_cache and capacity.traits.prefix_cacheable
+        """`prefix_cache` counts only where the pipeline's traits allow it; `hash_seed`: 16 to 64 secret bytes.
+
+        Raises ConfigError for a step that has no room for what a sequence of this pipeline feeds at once.
+        """
+        traits, self._budget = capacity.traits, config.max_batched_tokens
+        if self._budget < least_budget(traits):
+            raise ConfigError(
+                f"scheduler.max_batched_tokens: {self._budget} has no room for two blocks of {traits.unit} tokens,"
+                " which this model feeds at once"
+            )
+        shares = prefix_cache and traits.prefix_cacheable
         self._capacity = capacity
-        self._kv = KVManager(capacity.num_blocks, capacity.block_size, hash_seed, prefix_cache=shares)
+        self._kv = KVManager(capacity.num_blocks, capacity.block_size, hash_seed, prefix_cache=shares, unit=traits.unit)
         self._roster = Roster(self._kv)
         self._planner = Planner(capacity, config, self._kv, self._roster, clock)
+        self._denoised = Denoised()
         self._in_flight: dict[int, tuple[ScheduledSeq, ...]] = {}  # by step, oldest first
         self._added = 0
         self._steps = 0
@@ -63,7 +74,7 @@ class Scheduler:
         """Take in a request. One that can never run gets an ERROR update; an id in use raises InvalidRequest."""
         if request.id in self._roster.sequences:
             raise InvalidRequest(f"the request id {request.id!r} is in use")
-        problem = stops.never_fits(request, self._capacity)
+        problem = stops.never_fits(request, self._capacity, self._budget)
         if problem is not None:
             self._roster.refuse(request.id, problem)
             return
@@ -106,8 +117,11 @@ class Scheduler:
         for item in items:
             seq = self._roster.sequences[item.request_id]
             seq.in_flight.pop(0)
+            result = results.get(item.request_id)
+            if result is not None and result.passes is not None:
+                seq.passes = self._denoised.note(seq, item, result.passes)
             if seq.status is not SequenceStatus.FINISHED:  # else it is a surplus step, to be discarded
-                update = self._commit(seq, item, results.get(item.request_id))
+                update = self._commit(seq, item, result)
                 if update is not None:
                     news.append(update)
             self._roster.settle(seq)
@@ -143,6 +157,9 @@ class Scheduler:
             spec_accepted=drafting.accepted,
             spec_accepted_at=tuple(drafting.accepted_at),
             verifiers=drafting.by_verifier(),
+            denoised=self._denoised.passes,
+            denoise_steps=self._denoised.steps,
+            denoise_committed=self._denoised.tokens,
         )
 
     def check_integrity(self) -> None:
@@ -170,11 +187,13 @@ class Scheduler:
             self._planner.drafting.observe(seq, item, result)
             end = stops.cut(seq, result.new_tokens)
         tokens = result.new_tokens[: end.kept]
+        self._denoised.tokens += len(tokens) if result.passes is not None else 0
         seq.output_ids.extend(tokens)
         seq.num_computed = min(result.num_computed, seq.num_tokens)
         seq.num_reserved = reserved(seq)
         self._kv.publish(seq)
-        if seq.num_computed >= len(seq.request.prompt_ids):
+        prompt, unit = len(seq.request.prompt_ids), self._capacity.traits.unit
+        if seq.num_computed >= prompt - prompt % unit:  # the tail of a prompt is final with the rest of its block
             self._roster.waiting.leader_ready(seq)
         scored = _unsent_scores(seq, item, result)
         if end.finish is not None:
@@ -196,6 +215,7 @@ class Scheduler:
             result.accepted,
             result.leaf,
             result.bias[: end.kept],
+            None if result.passes is None else seq.passes,
         )
 
     def _fail(self, seq: Sequence, error: str) -> SeqUpdate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from engine.scheduling.spans import canvas_end, canvas_span
 from engine.types import Capacity, FinishReason, Request, Sequence
 
 
@@ -36,14 +37,22 @@ def limit(request: Request, capacity: Capacity) -> int:
     """The most tokens, prompt included, that a request may have.
 
     The size of the pool is one of the bounds, as a guard (max_model_len should already fit it): a sequence that
-    fills the whole pool by itself ends with LENGTH, as at the end of the context.
+    fills the whole pool by itself ends with LENGTH, as at the end of the context. Where whole blocks are denoised,
+    the last one fits as a whole. A canvas is a bound as well.
     """
     most = min(capacity.max_model_len, capacity.num_blocks * capacity.block_size)
+    if capacity.traits.canvas:
+        most = min(most, canvas_end(request))
+    elif capacity.traits.denoises:
+        most -= most % capacity.traits.unit
     return min(len(request.prompt_ids) + max(0, request.sampling.max_tokens), most)
 
 
-def never_fits(request: Request, capacity: Capacity) -> str | None:
-    """Why a request can never run, or None. The front checks first; this guard keeps the queue from hanging."""
+def never_fits(request: Request, capacity: Capacity, budget: int) -> str | None:
+    """Why a request can never run, or None. The front checks first; this guard keeps the queue from hanging.
+
+    `budget`: most tokens that one step may feed.
+    """
     prompt = request.prompt_ids
     if not prompt:
         return "the prompt is empty"
@@ -55,4 +64,23 @@ def never_fits(request: Request, capacity: Capacity) -> str | None:
     held = capacity.num_blocks * capacity.block_size
     if needed > held:
         return f"the prompt of {len(prompt)} tokens leaves no room in the KV cache, which holds {held} tokens"
+    if capacity.traits.canvas:
+        return _canvas_never_fits(request, capacity, budget)
+    if limit(request, capacity) < needed:
+        return f"the prompt of {len(prompt)} tokens leaves no room for a block of {capacity.traits.unit} tokens"
+    return None
+
+
+def _canvas_never_fits(request: Request, capacity: Capacity, budget: int) -> str | None:
+    canvas, prompt = request.diffusion.canvas, len(request.prompt_ids)
+    if request.sampling.max_tokens > 0 and min(canvas, request.diffusion.block_length) < 1:
+        return "the request has no canvas"
+    whole = canvas_span(request, capacity.traits)
+    for needed, most, where in (
+        (canvas_end(request), capacity.max_model_len, "the context"),
+        (whole, capacity.num_blocks * capacity.block_size, "the KV cache"),
+        (whole, budget, "a step, which runs them whole,"),
+    ):
+        if needed > most:
+            return f"the prompt of {prompt} tokens and its canvas of {canvas} need {needed}, but {where} holds {most}"
     return None

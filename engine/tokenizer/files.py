@@ -11,6 +11,7 @@ from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Backend
 
 from engine.errors import ModelLoadError
+from engine.tokenizer.mask_token import hide_token
 
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _OTHER_FORMATS = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model", "tiktoken.model", "vocab.txt")
@@ -25,8 +26,11 @@ class TokenizerFiles:
     templates: Mapping[str, str]
 
 
-def load_backend(folder: Path) -> Backend:
-    """tokenizer.json without the cutting and padding that some files bring along."""
+def load_backend(folder: Path, mask_id: int | None = None) -> tuple[Backend, str | None]:
+    """tokenizer.json without the cutting and padding that some files bring along; the text of the mask token.
+
+    Nothing that a text can hold is encoded as `mask_id`.
+    """
     path = folder / "tokenizer.json"
     if not path.is_file():
         found = [name for name in _OTHER_FORMATS if (folder / name).is_file()]
@@ -34,13 +38,18 @@ def load_backend(folder: Path) -> Backend:
         raise ModelLoadError(
             f"{folder} has no tokenizer.json but {has}; AutoTokenizer of transformers can write one (save_pretrained)"
         )
+    mask = None
     try:
-        backend = Backend.from_file(str(path))
+        if mask_id is None:
+            backend = Backend.from_file(str(path))
+        else:
+            values, mask = hide_token(path.read_text(encoding="utf-8"), mask_id)
+            backend = Backend.from_str(values)
     except Exception as error:  # the library raises bare Exception
         raise ModelLoadError(f"{path} can't be read: {str(error)[:300]}") from error
     backend.no_truncation()
     backend.no_padding()
-    return backend
+    return backend, mask
 
 
 def read_files(folder: Path) -> TokenizerFiles:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from enum import Enum
 
 from tokenizers import Tokenizer as Backend
@@ -19,12 +20,15 @@ class PieceKind(Enum):
 
 
 class Pieces:
-    """Bytes by token id, remembered. `strip` is true where the first space of a text is not part of it."""
+    """Bytes by token id, remembered. `strip` is true where the first space of a text is not part of it.
 
-    def __init__(self, backend: Backend) -> None:
+    `known`: the text of tokens that the backend has under another name.
+    """
+
+    def __init__(self, backend: Backend, known: Mapping[int, str] | None = None) -> None:
         self._backend = backend
         self.kind, self.strip = _read_decoder(backend)
-        self._known: dict[int, bytes] = {}
+        self._known = {token_id: text.encode("utf-8") for token_id, text in (known or {}).items()}
 
     def of(self, token_id: int) -> bytes:
         """The token's bytes; none for an id that is not in the vocabulary."""

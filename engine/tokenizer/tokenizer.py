@@ -41,13 +41,16 @@ class Tokenizer:
         eos_ids: tuple[int, ...] = (),
         special: Mapping[str, str] | None = None,
         template: ChatTemplate | None = None,
+        hidden: Mapping[int, str] | None = None,
     ) -> None:
+        """`hidden`: the text of tokens that no text is encoded as, and that the backend has under another name."""
         names = special or {}
         self.eos_ids = eos_ids
         self.bos_token = names.get("bos_token")
         self.eos_token = names.get("eos_token")
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
-        self.pieces = Pieces(backend)
+        self.pieces = Pieces(backend, hidden)
+        self._hidden = frozenset(hidden or ())
         self._backend = backend
         self._template = template
         added = backend.get_added_tokens_decoder()
@@ -58,9 +61,12 @@ class Tokenizer:
         self.thinking = next(((begin, end) for begin, end in pairs if begin is not None and end is not None), None)
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
-        """Read tokenizer.json and the small files beside it. Raises ModelLoadError."""
-        backend, files = load_backend(folder), read_files(folder)
+    def load(cls, folder: Path, mask_id: int | None = None) -> Tokenizer:
+        """Read tokenizer.json and the small files beside it. Raises ModelLoadError.
+
+        `mask_id`: the mask token of a diffusion model. Its text in a prompt or a chat is plain text.
+        """
+        (backend, mask), files = load_backend(folder, mask_id), read_files(folder)
         add_declared_tokens(backend, files)
         set_post_processor(backend, files)
         template = None
@@ -69,7 +75,8 @@ class Tokenizer:
                 template = ChatTemplate(files.templates, files.special)
             except ValueError as error:
                 logger.warning("the chat template of %s can't be used: %s", folder.name, error)
-        return cls(backend, read_eos_ids(folder, backend, files), files.special, template)
+        hidden = {} if mask_id is None or mask is None else {mask_id: mask}
+        return cls(backend, read_eos_ids(folder, backend, files), files.special, template, hidden)
 
     @property
     def has_chat_template(self) -> bool:
@@ -87,6 +94,7 @@ class Tokenizer:
         if any(not 0 <= i < 1 << 32 for i in ids):
             raise InvalidRequest("A token id is negative or too large.", "tokens")
         if self.pieces.kind is PieceKind.OPAQUE:
+            ids = [i for i in ids if i not in self._hidden]
             return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         hidden = self._special if skip_special_tokens else frozenset()
         text = b"".join(self.pieces.of(i) for i in ids if i not in hidden).decode("utf-8", errors="replace")

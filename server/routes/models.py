@@ -7,6 +7,7 @@ from starlette.requests import Request
 
 from engine.types import ModelInfo
 from server.body import GuardedRoute
+from server.diffusion import diffusion_card
 from server.service import service_of
 from server.speculation import speculation_card
 
@@ -36,5 +37,6 @@ def _card(info: ModelInfo) -> dict[str, object]:
         "parent": None,
         "max_model_len": info.max_model_len,
         "speculation": speculation_card(info),
+        "diffusion": diffusion_card(info),
         "permission": [],
     }

@@ -23,21 +23,48 @@ async def root() -> dict[str, str]:
 
 @router.head("/health", include_in_schema=False)
 @router.get("/health")
-async def health(request: Request) -> JSONResponse:
-    """200 while the engines are alive and make progress, else 503 with the reason. Draining is healthy."""
-    lifecycle = service_of(request).lifecycle
-    trouble = lifecycle.trouble()
+async def health(request: Request, model: str | None = None) -> JSONResponse:
+    """200 while engines are alive and make progress, else 503 with the reason. Draining is healthy.
+
+    Of several models, one that has died does not take the others down: the status is "degraded" until none is left.
+    `?model=` asks of one model alone.
+    """
+    lifecycle, models = service_of(request).lifecycle, _asked(request, model)
+    trouble = lifecycle.trouble(models)
     if not trouble:
         return JSONResponse({"status": "ok"})
-    return JSONResponse({"status": "unhealthy", "reason": trouble, "phase": lifecycle.phase}, 503)
+    if len(trouble) < len(models):
+        return JSONResponse({"status": "degraded", "reason": _joined(trouble)})
+    return JSONResponse({"status": "unhealthy", "reason": _joined(trouble), "phase": lifecycle.phase}, 503)
 
 
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready")
-async def ready(request: Request) -> JSONResponse:
-    """200 once every model has generated a token and until the server drains, else 503 with the reason."""
-    reason = service_of(request).lifecycle.unready()
-    return JSONResponse({"status": "not ready", "reason": reason}, 503) if reason else JSONResponse({"status": "ready"})
+async def ready(request: Request, model: str | None = None) -> JSONResponse:
+    """200 once every model has generated a token and until the server drains or none is left, else 503 with the reason.
+
+    `?model=` asks of one model alone.
+    """
+    models = _asked(request, model)
+    reasons = service_of(request).lifecycle.unready(models)
+    if not reasons:
+        return JSONResponse({"status": "ready"})
+    if len(reasons) < len(models):
+        return JSONResponse({"status": "degraded", "reason": _joined(reasons)})
+    return JSONResponse({"status": "not ready", "reason": _joined(reasons)}, 503)
+
+
+def _asked(request: Request, model: str | None) -> list[str]:
+    """The models that a probe is about. Raises ApiError 404."""
+    service = service_of(request)
+    if model is None:
+        return list(service.engines)
+    service.engine(model)
+    return [model]
+
+
+def _joined(reasons: list[str]) -> str:
+    return "; ".join(dict.fromkeys(reasons))
 
 
 @router.head("/version", include_in_schema=False)

@@ -14,13 +14,14 @@ from dataclasses import replace
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from engine.diffusion import DiffusionInfo
 from engine.errors import EngineDead, Overloaded, SlipstreamError
 from engine.front.event_stream import EventStream
 from engine.front.in_flight import InFlight
 from engine.protocols import EngineObserver
 from engine.tokenizer.chat_template import ChatTemplate
 from engine.tokenizer.tokenizer import Tokenizer
-from engine.types import FinishReason, Health, ModelInfo, Phase, Request, SeqUpdate, TokenLogprob
+from engine.types import FinishReason, Health, ModelInfo, Passes, Phase, Request, SeqUpdate, TokenLogprob
 from engine.validate import validate
 from engine.verification import Knob, VerifierCard
 
@@ -80,6 +81,8 @@ class FakeEngine:
 
     With `stands` it drafts 4 tokens a round, of which so many stand: in the first round, in the second, and around.
     Where its verifier is lossy, each of these has a bias of 1/8, and what the target says in place of a draft 1/4.
+    With `diffusion` it is one that denoises: of its steps, each of one pass, only every other one brings tokens, three
+    at once, and the fourth takes one back that it had drafted.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class FakeEngine:
         stands: Sequence[int] = (),
         verifier: str = "strict",
         max_bias: float = 1.0,
+        diffusion: DiffusionInfo | None = None,
     ) -> None:
         self.tokenizer = tokenizer or make_tokenizer()
         self.info = ModelInfo(name, "/secret/path", max_model_len, VOCAB, (EOS,), 16, 100, 1_700_000_000, "fp16", "ar")
@@ -99,6 +103,8 @@ class FakeEngine:
             knobs = next(card.settle({}) for card in VERIFIERS if card.name == verifier)
             self.info = replace(self.info, drafter="dflash", max_draft=4, verifier=verifier, verifier_knobs=knobs)
             self.info = replace(self.info, verifiers=VERIFIERS, max_bias=max_bias)
+        if diffusion is not None:
+            self.info = replace(self.info, diffusion=diffusion, pipeline="masked_diffusion")
         self.stands = stands
         self.answer = answer
         self.observers: list[EngineObserver] = []
@@ -170,7 +176,30 @@ class FakeEngine:
     def _abort(self, request_ids: Iterable[str]) -> None:
         self.aborted.extend(self.in_flight.drop(request_ids, 0.0))
 
+    async def _denoise(self, request: Request) -> None:
+        rest = self.tokens_of(request)[: request.sampling.max_tokens]
+        for step in itertools.count(1):
+            if not rest:
+                return
+            await asyncio.sleep(0)
+            await self.flowing.wait()
+            if request.id not in self.in_flight:
+                return
+            count = 3 if step % 2 == 0 else 0
+            tokens, rest = rest[:count], rest[count:]
+            update = SeqUpdate(
+                request.id,
+                tuple(tokens),
+                logprobs=self._scores(tokens, request.sampling.logprobs),
+                finish=None if rest else FinishReason.LENGTH,
+                passes=Passes(step, step * 2, step // 4, step // 4, step * 8),
+            )
+            self.aborted.extend(self.in_flight.take([_stopped(update, request)], 0.0))
+
     async def _generate(self, request: Request) -> None:
+        if self.info.diffusion is not None:
+            await self._denoise(request)
+            return
         rest, first = self.tokens_of(request)[: request.sampling.max_tokens], True
         for drafted, stood in self._rounds(request):
             if not rest:

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine.config import DraftConfig, VerifierConfig, load
+from engine.config import DiffusionConfig, DraftConfig, VerifierConfig, load
 from engine.errors import SlipstreamError
-from engine.registry import VERIFIERS
+from engine.registry import RULES, VERIFIERS
 from engine.types import Phase
 from server import cli, launch
 from server.settings import load_settings
@@ -171,11 +171,29 @@ def test_what_verifies(capsys: pytest.CaptureFixture[str]) -> None:
     assert drafts_of([*arguments, *knobs], capsys)["verifier"] == {**verifier, "knobs": {"min_weight": 0.75}}
 
 
-def test_the_help_names_every_verifier(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "pipeline", "diffusion"),
+    [
+        (["--rule", "frechet"], "autoregressive", {"rule": "frechet"}),
+        (["--cache", "dual", "--canvas", "64"], "autoregressive", {"cache": "dual", "canvas": 64}),
+        (["--diffusion-drafter", "it's: a"], "dual_diffusion", {"drafter": "it's: a"}),
+        (["--config", "configs/fast-dllm-plus.yaml", "--canvas", "32"], "masked_diffusion",
+         {"rule": "frechet", "knobs": {"delta": 0.25}, "cache": "dual", "block_length": 32, "canvas": 32}),
+    ],
+)  # fmt: skip
+def test_what_denoises(
+    arguments: list[str], pipeline: str, diffusion: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["print-config", *arguments]) == 0
+    model = yaml.safe_load(capsys.readouterr().out)["models"][0]
+    assert (model["pipeline"], model["diffusion"]) == (pipeline, {**asdict(DiffusionConfig()), **diffusion})
+
+
+def test_the_help_names_every_verifier_and_every_rule(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["serve", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert [name for name in VERIFIERS if not re.search(rf"\b{name}\b", text)] == []
+    assert [name for name in (*VERIFIERS, *RULES) if not re.search(rf"\b{name}\b", text)] == []
 
 
 @pytest.mark.parametrize("command", ["serve", "print-config"])
@@ -197,6 +215,16 @@ def test_the_help_names_every_verifier(capsys: pytest.CaptureFixture[str]) -> No
         (["--draft", "x", "--set", "models.0.verifier.knobs.epsilon=a"], "verifier.knobs.epsilon: expected a number"),
         (["--draft", "x", "--set", "models.0.verifier.epsilon=1"], "models.0.verifier.epsilon: unknown key; known:"),
         (["--draft", "ngram", "--draft-tree", "8"], "models.draft.tree: the drafter 'ngram' drafts no trees"),
+        (
+            ["--draft", "ngram", "--rule", "quota"],
+            "models.diffusion: the pipeline 'speculative' does not denoise; leave",
+        ),
+        (["--canvas", "0"], "models.diffusion.canvas: 0 is not in 1 to 1048576"),
+        (["--cache", "radix"], "models.diffusion.cache: 'radix' is not one of none, prefix, dual, block"),
+        (
+            ["--set", "models.0.diffusion.drafter_steps=8"],
+            "models.diffusion: the pipeline 'autoregressive' does not draft; drafter, drafter_steps, verify and",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_one_line_and_exit_code_2(

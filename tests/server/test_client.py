@@ -96,6 +96,23 @@ def test_the_key_of_the_environment_is_used(upstream: Upstream, monkeypatch: pyt
     assert upstream.asked[0][2] == "Bearer sk-2"
 
 
+def test_passes_are_shown_where_they_are_asked_for(upstream: Upstream, capsys: pytest.CaptureFixture[str]) -> None:
+    told = {"rule": "frechet", "knobs": {"delta": 0.25}, "cache": "dual", "block_length": 32, "canvas": 64}
+    told |= {"forwards": 9, "draft_forwards": 0, "verifies": 0, "remasked": 0, "tokens_per_forward": 4.25, "more": 1}
+    drafted = {**told, "knobs": {}, "draft_forwards": 12, "verifies": 3, "remasked": 2}
+    for diffusion in (told, drafted, None):
+        last = f"data: {json.dumps({'choices': [], 'diffusion': diffusion})}\n\n"
+        upstream.replies.append((200, event(" a", "text") + last + DONE))
+        assert main(["complete", "x", "--url", upstream.url, "--show-passes"]) == 0
+        assert upstream.asked[-1][1]["diffusion"] == {"report": True}
+    how = "cache dual; blocks of 32; canvas 64: 9 forward passes"
+    assert capsys.readouterr().out.splitlines() == [
+        *(" a", f"[rule frechet, delta 0.25; {how}, 4.25 tokens each]"),
+        *(" a", f"[rule frechet; {how} and 12 of its drafter, 4.25 tokens each; 3 verified, and took back 2 tokens]"),
+        *(" a", "[this server does not tell how it denoises]"),
+    ]
+
+
 def test_chat_keeps_the_conversation(
     upstream: Upstream, typed: Callable[[str], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

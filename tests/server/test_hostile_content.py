@@ -113,7 +113,6 @@ UNSUPPORTED: Json = {
     "chat_template": "{{ 1 }}",
     "audio": {"voice": "x"},
     "modalities": ["text", "audio"],
-    "diffusion": {},
     "truncate_prompt_tokens": 5,
     "use_beam_search": True,
     "mirostat": 2,

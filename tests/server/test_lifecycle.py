@@ -72,7 +72,7 @@ async def test_stopping_while_it_starts() -> None:
     assert engine.closed and app.state.service.lifecycle.state is State.DRAINING
 
 
-@pytest.mark.parametrize(
+HEALTHS = pytest.mark.parametrize(
     "health, healthy, ready",
     [
         (Health(True, True), 200, 200),
@@ -81,17 +81,50 @@ async def test_stopping_while_it_starts() -> None:
         (Health(False, True, "no progress for 120 s"), 503, 503),
     ],
 )
-async def test_probes_ask_the_engines_and_never_generate(health: Health, healthy: int, ready: int) -> None:
-    good, other = FakeEngine("good"), FakeEngine("other")
-    async with serving(good, other) as client:
-        other.health_now = health
+
+
+@HEALTHS
+async def test_probes_ask_the_engine_and_never_generate(health: Health, healthy: int, ready: int) -> None:
+    engine = FakeEngine("good")
+    async with serving(engine) as client:
+        engine.health_now = health
         answer = await client.get("/health")
         assert answer.status_code == healthy
         if healthy == 503:
-            assert answer.json()["reason"] == f"other: {health.reason}"
+            assert answer.json()["reason"] == f"good: {health.reason}"
         assert (await client.get("/ready")).status_code == ready
         assert (await client.head("/health")).status_code == healthy
+    assert engine.submitted == []
+
+
+@HEALTHS
+async def test_a_model_that_is_not_well_leaves_the_others_in_service(health: Health, healthy: int, ready: int) -> None:
+    good, other = FakeEngine("good"), FakeEngine("other")
+    async with serving(good, other) as client:
+        other.health_now = health
+        for path, status, word in (("/health", healthy, "ok"), ("/ready", ready, "ready")):
+            answer = await client.get(path)
+            assert answer.status_code == 200
+            if status == 200:
+                assert answer.json() == {"status": word}
+            else:
+                assert answer.json() == {"status": "degraded", "reason": f"other: {health.reason}"} or health.ok
+                assert answer.json()["status"] == "degraded" and answer.json()["reason"].startswith("other: ")
+            assert (await client.get(path, params={"model": "good"})).json() == {"status": word}
+            assert (await client.get(path, params={"model": "other"})).status_code == status
+            assert error_of(await client.get(path, params={"model": "third"}), 404)["code"] == "model_not_found"
+        good.health_now = health
+        assert (await client.get("/health")).status_code == healthy
+        assert (await client.get("/ready")).status_code == ready
     assert good.submitted == other.submitted == []
+
+
+async def test_phases_of_several_models_say_whose_they_are() -> None:
+    phases = list[Phase]()
+    engines = {name: FakeEngine(name) for name in ("one", "two")}
+    app = create_app(engines, Settings(), Metrics(), on_phase=phases.append)
+    async with started(app):
+        assert [phase.name for phase in phases] == ["one: weights", "two: weights"]
 
 
 async def test_drain_lets_requests_finish_and_refuses_new_ones() -> None:

@@ -27,7 +27,7 @@ from engine.types import (
 )
 
 VOCAB = 50_021
-JUNK = -7  # stands for a drafted token that was rejected, and for a mask
+JUNK = -7  # stands for a drafted token that was rejected
 SEED = b"0123456789abcdef"
 
 
@@ -78,7 +78,6 @@ class State:
     request: Request
     tokens: list[int]
     num_computed: int = 0
-    canvas: list[int] = field(default_factory=list)
     digests: list[int] = field(default_factory=list)  # of tokens[: i + 1]
 
     def digest(self, position: int) -> int:
@@ -179,29 +178,6 @@ class SpeculativeDevice(AutoregressiveDevice):
             value = state.digest(end + index) if index < accepted else JUNK
             self.memory[self.slot(item, end + index)] = value
         return replace(result, drafted=drafted, accepted=accepted)
-
-
-class DiffusionDevice(AutoregressiveDevice):
-    """Denoises a block over several steps; a finished block makes the KV of all earlier tokens stale."""
-
-    traits = DecodeTraits(lookahead=8, chunkable=False, prefix_cacheable=False)
-
-    def run(self, item: ScheduledSeq, state: State) -> SeqResult:
-        base = self.feed(item, state)
-        assert base == len(state.tokens), "a bidirectional prompt was cut"
-        canvas = state.canvas = state.canvas or [JUNK] * item.lookahead
-        assert len(canvas) == item.lookahead
-        for index in range(len(canvas)):
-            self.memory[self.slot(item, base + index)] = JUNK
-        masked = [index for index, token in enumerate(canvas) if token == JUNK]
-        for index in self.rng.sample(masked, min(len(masked), self.rng.randint(1, 4))):
-            canvas[index] = truth(state.request, base + index)
-        if JUNK in canvas:
-            return self.commit(state, [], base)
-        state.canvas = []
-        for position in range(base):
-            self.memory[self.slot(item, position)] = JUNK
-        return self.commit(state, canvas, 0)
 
 
 class Driver:

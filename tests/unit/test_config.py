@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import Config, KVConfig, ModelConfig, load, parse_size
+from engine.config import Config, DiffusionConfig, KVConfig, ModelConfig, load, parse_size
 from engine.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +49,17 @@ def test_a_whole_file(tmp_path: Path) -> None:
     assert config.server == {"port": 9000, "anything": [1, 2]}
 
 
+def test_models_without_a_share_divide_what_the_others_leave(tmp_path: Path) -> None:
+    (alone,) = load().engines()
+    assert (alone.model.share, alone.core_share, alone.engines) == (1.0, 1.0, 1)
+    (small,) = load(overrides=("models.0.memory_share=0.25",)).engines()
+    assert (small.model.share, small.core_share) == (0.25, 1.0), "less memory is no reason for fewer cores"
+    two = load(written(tmp_path, "models: [{path: a}, {path: b}]")).engines()
+    assert [(e.model.share, e.core_share, e.engines) for e in two] == [(0.5, 0.5, 2)] * 2
+    three = load(written(tmp_path, "models: [{path: a}, {path: b, memory_share: 0.5}, {path: c}]")).engines()
+    assert [e.core_share for e in three] == [0.25, 0.5, 0.25]
+
+
 def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
     assert load(written(tmp_path, "# nothing\n")) == Config()
 
@@ -85,7 +96,8 @@ def test_overrides_work_without_a_file() -> None:
         ("models: [{device: 'cuda:'}]", "models.device: 'cuda:' is not one of"),
         ("models: [{load_format: pickle}]", "models.load_format: 'pickle' is not one of safetensors, dummy"),
         ("models: [{path: a}, {path: x/a}]", "two entries share one id: a, a"),
-        ("models: [{path: a}, {path: b}]", "the memory shares add up to 2"),
+        ("models: [{path: a, memory_share: 0.7}, {path: b, memory_share: 0.5}]", "the memory shares add up to 1.2"),
+        ("models: [{path: a, memory_share: 1}, {path: b}]", "add up to 1 and leave nothing for the models without one"),
         ("models: [{memory_share: 0}]", "models.memory_share: 0.0 is not in (0, 1]"),
         ("scheduler: {max_num_seqs: 0}", "scheduler.max_num_seqs: must be above 0"),
         ("scheduler: {max_num_seqs: true}", "scheduler.max_num_seqs: expected int, got bool True"),
@@ -192,6 +204,62 @@ def test_drafts_that_cannot_be(tmp_path: Path, model: str, message: str) -> None
     assert message in str(raised.value)
 
 
+# ---- diffusion -------------------------------------------------------------------------------------------
+
+
+def test_what_is_said_of_diffusion(tmp_path: Path) -> None:
+    text = (
+        "{rule: frechet, knobs: {delta: 0.25}, cache: dual, steps: 8, drafter: org/Fast-7B/, verify: both, shift: true}"
+    )
+    model = load(written(tmp_path, f"models: [{{pipeline: dual_diffusion, diffusion: {text}}}]")).models[0]
+    assert model.diffusion == DiffusionConfig(
+        rule="frechet", knobs={"delta": 0.25}, cache="dual", steps=8, drafter="org/Fast-7B/", verify="both", shift=True
+    )
+    assert model.diffusion.drafter_name == "Fast-7B"
+
+
+@pytest.mark.parametrize("pipeline", ["autoregressive", "masked_diffusion", "dual_diffusion"])
+def test_a_checkpoint_may_say_itself_that_it_denoises(tmp_path: Path, pipeline: str) -> None:
+    for text in ("null", "{}", "{rule: quota, mask_id: 0, attention: full}"):
+        load(written(tmp_path, f"models: [{{pipeline: {pipeline}, diffusion: {text}}}]"))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("{pipeline: speculative, draft: {}, diffusion: {}}",
+         "diffusion: the pipeline 'speculative' does not denoise; leave"),
+        ("{pipeline: masked_diffusion, draft: {}}",
+         "draft: the pipeline 'masked_diffusion' does not draft; it denoises"),
+        ("{pipeline: dual_diffusion, verifier: {name: block}}",
+         "verifier: the pipeline 'dual_diffusion' verifies nothing; it denoises"),
+        *((f"{{pipeline: {pipeline}, diffusion: {{{text}}}}}",
+           f"diffusion: the pipeline '{pipeline}' does not draft; drafter, drafter_steps, verify and verify_threshold")
+          for pipeline in ("masked_diffusion", "autoregressive")
+          for text in ("drafter: a", "drafter_steps: 2", "verify: exact", "verify_threshold: 0.5")),
+        ("{diffusion: {canvas: 0}}", "diffusion.canvas: 0 is not in 1 to 1048576"),
+        ("{diffusion: {steps: 0}}", "diffusion.steps: 0 is not in 1 to 1048576"),
+        ("{diffusion: {steps: 300}}", "diffusion.steps: 300 is more than the canvas has tokens (256)"),
+        ("{diffusion: {block_length: 1025}}", "diffusion.block_length: 1025 is not in 1 to 1024"),
+        ("{pipeline: dual_diffusion, diffusion: {drafter_steps: 1025}}",
+         "diffusion.drafter_steps: 1025 is not in 1 to 1024"),
+        ("{pipeline: dual_diffusion, diffusion: {verify: twice}}",
+         "diffusion.verify: 'twice' is not one of trust, exact,"),
+        ("{pipeline: dual_diffusion, diffusion: {verify_threshold: .nan}}",
+         "diffusion.verify_threshold: nan is not in [0, 1]"),
+        ("{diffusion: {mask_id: -1}}", "diffusion.mask_id: -1 is no token id"),
+        ("{diffusion: {attention: causal}}", "diffusion.attention: 'causal' is not one of full, block_causal"),
+        ("{diffusion: {cache: radix}}", "diffusion.cache: 'radix' is not one of none, prefix, dual, block"),
+        ("{diffusion: {knobs: {delta: fast}}}", "diffusion.knobs.delta: expected a number, got str 'fast'"),
+        ("{diffusion: {rules: quota}}", "0.diffusion.rules: unknown key; known: attention, block_length, cache,"),
+    ],
+)  # fmt: skip
+def test_denoising_that_cannot_be(tmp_path: Path, model: str, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(written(tmp_path, f"models: [{model}]"))
+    assert str(raised.value).startswith(f"models.{message}")
+
+
 def test_paths_are_looked_for_beside_the_file_then_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a checkout, where configs/ and checkpoints/ are siblings; what is found nowhere is left as it is."""
     configs, elsewhere = tmp_path / "configs", tmp_path / "elsewhere"
@@ -214,13 +282,25 @@ def test_paths_are_looked_for_beside_the_file_then_above_it(tmp_path: Path, monk
             model = load(where).models[0]
             assert model.draft is not None and (model.path, model.draft.path) == tuple(map(str, expected))
             assert model.verifier.head == model.draft.path
+        file.write_text(f"models: [{{pipeline: dual_diffusion, diffusion: {{drafter: {draft}}}}}]")
+        diffusion = load(file).models[0].diffusion
+        assert diffusion is not None and diffusion.drafter == str(expected[1])
+        file.write_text(one)
     # Overrides come from the command line, whose paths are those of the working directory.
     model = load(file, ("models.0.path=near", "models.0.draft.path=both")).models[0]
     assert model.draft is not None and (model.path, model.draft.path) == ("near", "both")
 
 
 @pytest.mark.parametrize(
-    "text", ["models: 3", "models: [3]", "models: [{path: 3}]", "models: [{draft: x}]", "models: [{verifier: [x]}]"]
+    "text",
+    [
+        "models: 3",
+        "models: [3]",
+        "models: [{path: 3}]",
+        "models: [{draft: x}]",
+        "models: [{verifier: [x]}]",
+        "models: [{diffusion: [x]}]",
+    ],
 )
 def test_paths_of_a_wrong_file_are_no_worse_than_the_file(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match="expected"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 from engine.config import EngineConfig, SchedulerConfig
 from engine.core import EngineCore
 from engine.errors import EngineDead
-from engine.types import FinishReason, Request, SamplingParams, SeqUpdate, StepPlan
+from engine.types import Capacity, FinishReason, Request, SamplingParams, SeqUpdate, StepPlan
+from tests.unit.denoising_fakes import BlockCausal
 from tests.unit.fake_worker import (
     EARLY_EOS,
     EOS,
@@ -23,6 +25,7 @@ from tests.unit.fake_worker import (
     answer,
     write_checkpoint,
 )
+from tests.unit.fakes import VOCAB, expected, make_request
 
 BOTH_LAGS = pytest.mark.parametrize("lag", [0, 1])
 
@@ -199,3 +202,39 @@ def test_state_left_on_the_device_is_reported(tmp_path: Path, caplog: pytest.Log
     core.add(request("r"))
     run(core)
     assert "holds state of 1 requests" in caplog.text
+
+
+class DenoisingWorker:
+    """A worker over the fake device of block-causal models."""
+
+    def __init__(self) -> None:
+        self.device = BlockCausal(32, random.Random(1))
+
+    def capacity(self) -> Capacity:
+        return Capacity(32, 4, 128, VOCAB, self.device.traits)
+
+    def submit(self, plan: StepPlan) -> Done:
+        output = self.device.execute(plan)
+        self.device.writing.clear()
+        return Done(output)
+
+    def num_states(self) -> int:
+        return len(self.device.states)
+
+    def close(self) -> None:
+        pass
+
+
+def test_steps_of_denoised_sequences_do_not_run_ahead() -> None:
+    """What they feed next depends on the result: with a lag, those that come later would run in steps of their own."""
+    core = EngineCore(DenoisingWorker(), EngineConfig(scheduler=SchedulerConfig(max_batched_tokens=64, lag=1)))
+    requests = [make_request(name, 5, 20, seed=ord(name)) for name in "ab"]
+    fed = []
+    for one in requests:
+        core.add(one)
+        fed.append(core.step().stats.step_tokens)
+    assert fed[0] == 8 and fed[1] in (16, 24), "a block of each; of the first one, two where it opens its second"
+    news = run(core)
+    for one in requests:
+        tokens = [token for update in news[one.id] for token in update.token_ids]
+        assert expected(one, 128)[0][-len(tokens) :] == tokens and news[one.id][-1].finish is FinishReason.LENGTH

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.runtime.cores import usable_cores
+from engine.runtime.cores import threads_of, usable_cores
 
 
 def machine(folder: Path, siblings: dict[int, str]) -> Path:
@@ -57,3 +57,11 @@ def test_a_quota_of_version_1(eight: Path, tmp_path: Path, quota: str, cores: in
     (tmp_path / "cpu/cpu.cfs_quota_us").write_text(f"{quota}\n")
     (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
     assert usable_cores(tmp_path, eight) == cores
+
+
+@pytest.mark.parametrize(
+    ("cores", "share", "threads"),
+    [(2, 1.0, 2), (2, 0.5, 1), (1, 0.5, 1), (3, 0.5, 1), (16, 0.9, 14), (16, 0.05, 1), (6, 1 / 3, 2), (100, 0.29, 29)],
+)
+def test_engines_divide_whole_cores(cores: int, share: float, threads: int) -> None:
+    assert threads_of(cores, share) == threads

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import lcm
+
 import pytest
 
 from engine.errors import IntegrityError
@@ -143,3 +145,56 @@ def test_digests_depend_on_seed_salt_parent_and_every_token() -> None:
     ]
     assert len({digest, *others}) == 7
     assert hasher.root("\ud800") != hasher.root(""), "half a surrogate pair is a salt like any other"
+
+
+# ---- models whose KV becomes final in units ----------------------------------------------------------------
+
+
+def units(unit: int, blocks: int = 16) -> KVManager:
+    return KVManager(blocks, 4, SEED, prefix_cache=True, unit=unit)
+
+
+def of(*tokens: int) -> Sequence:
+    return Sequence(make_request("a", tokens))
+
+
+@pytest.mark.parametrize(("unit", "tokens", "blocks"), [
+    (2, 9, 2), (4, 9, 2), (8, 8, 0), (8, 9, 2), (8, 16, 2), (8, 17, 4), (6, 12, 0), (6, 13, 3), (6, 24, 3), (6, 25, 6),
+])  # fmt: skip
+def test_a_match_ends_where_units_and_blocks_end_together(unit: int, tokens: int, blocks: int) -> None:
+    kv = units(unit)
+    first = computed(kv, sequence(36))
+    assert kv.match(sequence(tokens)) == first.block_ids[:blocks]
+
+
+def test_a_unit_that_is_not_final_as_a_whole_is_not_published() -> None:
+    kv = units(8)
+    seq = sequence(15)
+    kv.admit(seq, [], 15)
+    seq.num_computed = seq.num_reserved = 15
+    kv.publish(seq)
+    assert kv.match(sequence(17)) == seq.block_ids[:2] and seq.num_published == 2
+
+
+@pytest.mark.parametrize("unit", [8, 6])
+def test_a_block_of_a_unit_that_goes_on_otherwise_is_never_shared_not_even_by_a_third(unit: int) -> None:
+    """The first 4 tokens are the same, but their KV is not: it looks ahead to the end of the unit."""
+    kv = units(unit)
+    alike, rest = (1, 2, 3, 4, 5), tuple(range(20, 30))
+    first = computed(kv, of(*alike, 6, *rest))
+    assert kv.match(of(*alike, 7, *rest)) == []
+    second = computed(kv, of(*alike, 7, *rest))
+    assert not set(first.block_ids) & set(second.block_ids)
+    own = list(second.block_ids)
+    kv.release(second)
+    found = kv.match(of(*alike, 7, *rest))
+    assert found == own[: lcm(unit, 4) // 4], "a page of the first request holds KV of other tokens"
+
+
+def test_a_unit_with_a_hole_is_not_found() -> None:
+    kv = units(8, blocks=5)
+    kv.release(computed(kv, sequence(16)))
+    for salt in "xy":
+        thief = sequence(3, cache_salt=salt)
+        kv.admit(thief, [], 3)
+    assert len(kv.match(sequence(17))) == 2, "one clean block went, and the last one of the second unit"

@@ -71,6 +71,23 @@ def test_wanted_context_that_does_not_fit_is_an_error_with_settings_that_would()
     assert plan_pool(config("10MiB", max_len=int(length)), BLOCK, 8192, 1000 * MIB, 0)[1] == int(length)
 
 
+def test_settings_that_would_fit_are_those_of_all_models_together() -> None:
+    with pytest.raises(InsufficientMemory, match="502MiB are missing") as caught:
+        plan_pool(config("40MiB", max_len=8192, share=0.25), BLOCK, 8192, 1000 * MIB, 0)
+    (memory,) = re.search(r"kv\.memory=(\w+)", str(caught.value)).groups()  # type: ignore[union-attr]
+    assert memory == "2048MiB"
+    assert plan_pool(config(memory, max_len=8192, share=0.25), BLOCK, 8192, 1000 * MIB, 0)[1] == 8192
+    with pytest.raises(InsufficientMemory, match=r"asks for 200MiB, .* set kv\.memory to 180MiB or less"):
+        plan_pool(config("400MiB", share=0.5), BLOCK, 512, 100 * MIB, 10 * MIB)
+
+
+def test_a_share_is_of_all_memory_less_what_the_process_holds() -> None:
+    assert available_bytes(1e-9) == 0
+    quarter, half = available_bytes(0.25), available_bytes(0.5)
+    assert quarter <= half <= available_bytes(1.0)
+    assert half == 0 or quarter == 0 or quarter < half or quarter == pytest.approx(available_bytes(), rel=0.1)
+
+
 def test_pool_larger_than_free_memory_is_an_error_with_a_size_that_fits() -> None:
     with pytest.raises(InsufficientMemory, match=r"set kv\.memory to 90MiB or less"):
         plan_pool(config("2GiB"), BLOCK, 512, 100 * MIB, 10 * MIB)

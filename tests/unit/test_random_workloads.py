@@ -1,4 +1,4 @@
-"""Random workloads of three decoding styles over a KV memory that checks every read.
+"""Random workloads of all decoding styles over a KV memory that checks every read.
 
 Whatever the scheduler chooses to run, cut, preempt or share, every request must get exactly its own tokens and
 one ending, and at the end every block and all device state must be back.
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from engine.diffusion import DiffusionParams
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.roster import Roster
 from engine.scheduling.scheduler import Scheduler
@@ -24,9 +25,9 @@ from engine.types import (
     SequenceStatus,
     SpeculationParams,
 )
+from tests.unit.denoising_fakes import BlockCausal, Canvas, OddBlocks
 from tests.unit.fakes import (
     AutoregressiveDevice,
-    DiffusionDevice,
     Driver,
     SpeculativeDevice,
     State,
@@ -36,13 +37,15 @@ from tests.unit.fakes import (
     truth,
 )
 
-NUM_WORKLOADS = 40  # of each style and lag; 300 under --full
+NUM_WORKLOADS = 20  # of each style and lag; 300 under --full
 NUM_REQUESTS = 14
 
 STYLES = {
     "autoregressive": AutoregressiveDevice,
     "speculative": SpeculativeDevice,
-    "diffusion": DiffusionDevice,
+    "canvas": Canvas,
+    "block-causal": BlockCausal,
+    "odd blocks": OddBlocks,
 }
 
 
@@ -56,23 +59,27 @@ class Case:
 
     def run(self) -> EngineStats:
         rng = random.Random(self.seed)
-        blocks = rng.choice((9, 12, 18))
+        blocks, traits = rng.choice((9, 12, 18)), self.device.traits
+        model_len = rng.choice((34, blocks * 4))
+        budget = rng.choice((34, 50, 96) if traits.canvas else (16, 30, 96) if traits.denoises else (9, 30, 96))
         scheduler = make_scheduler(
-            self.device.traits,
+            traits,
             blocks=blocks,
-            model_len=rng.choice((34, blocks * 4)),
+            model_len=model_len,
             prefix_cache=rng.random() < 0.8,
             seqs=rng.choice((2, 6, 9)),
-            budget=rng.choice((9, 30, 96)),
+            budget=budget,
             costs=rng.choice(((), ((1, 1.0), (8, 1.4), (64, 5.0)))),
             draft_costs=rng.choice(((), (), ((1, 0.1), (8, 0.4)))),
         )
         driver = Driver(scheduler, self.device(blocks, rng), self.lag)
-        requests = _requests(rng)
+        limit = min(model_len, blocks * 4)
+        if traits.denoises and not traits.canvas:
+            limit -= limit % traits.unit
+        requests = [_settled(rng, request, min(limit, budget), traits.canvas) for request in _requests(rng)]
         faults = rng.random() < 0.3
         self._feed(driver, rng, list(requests), faults)
         driver.drain()
-        limit = min(scheduler._capacity.max_model_len, blocks * 4)
         for request in requests:
             _check(driver, request, limit)
         return scheduler.stats()
@@ -132,6 +139,20 @@ def _request(rng: random.Random, number: int, prompt: tuple[int, ...], choice: i
     )
 
 
+def _settled(rng: random.Random, request: Request, most: int, canvas: bool) -> Request:
+    """The request as `validate` hands it to an engine that denoises; `most`: tokens of prompt and canvas."""
+    if not canvas:
+        return replace(request, diffusion=DiffusionParams(cache=rng.choice(("block", "dual"))))
+    cache, length = rng.choice(("none", "prefix", "dual", "dual")), rng.choice((4, 6, 8))
+    whole = min(-(-request.sampling.max_tokens // length) * length, most - len(request.prompt_ids))
+    copies = rng.random() < 0.2 and len(request.prompt_ids) + whole + length <= most
+    wish = DiffusionParams(
+        cache=cache, block_length=length, canvas=whole, verify="masked_copy" if copies else "confidence"
+    )
+    sampling = replace(request.sampling, max_tokens=min(request.sampling.max_tokens, whole))
+    return replace(request, sampling=sampling, diffusion=wish)
+
+
 def _check(driver: Driver, request: Request, limit: int) -> None:
     tokens, finish = expected(request, limit)
     got = driver.tokens(request.id)
@@ -152,6 +173,9 @@ def test_every_request_gets_its_own_tokens_and_every_block_comes_back(style: str
     assert sum(s.preemptions for s in stats) > count // 2, "the pools were meant to be too small"
     hits = sum(s.prefix_hits for s in stats)
     assert hits > count * 8 if STYLES[style].traits.prefix_cacheable else hits == 0
+    if STYLES[style].traits.denoises:
+        assert sum(s.denoise_committed for s in stats) > count * 100
+        assert all(s.denoised.forwards >= s.denoise_steps > 0 for s in stats)
 
 
 # ---- the oracle itself: bugs that were planted must be found -----------------------------------------------

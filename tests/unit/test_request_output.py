@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.diffusion import DiffusionParams, DiffusionReport
 from engine.front.output import RequestOutput, merge
 from engine.tokenizer.tokenizer import Tokenizer
 from engine.types import (
     FinishReason,
+    Passes,
     Request,
     SamplingParams,
     SeqUpdate,
@@ -181,3 +183,23 @@ def test_the_books_add_up(tokenizer: Tokenizer, rounds: list[Round], stops: list
     assert not report.histogram or report.histogram[-1] > 0
     if last.stop_reason is None:
         assert (report.rounds, report.drafted) == (sum(d > 0 for _, d, _ in rounds), sum(d for _, d, _ in rounds))
+
+
+def test_the_report_of_a_denoised_request_counts_all_passes_and_the_tokens_of_the_answer(tokenizer: Tokenizer) -> None:
+    wish = DiffusionParams(rule="frechet", canvas=16, report=True)
+    steps = [("ab", Passes(2, 3, 1, 4, 99)), ("cdef", Passes(5, 6, 2, 4, 200)), ("g", None)]
+    for stop, tokens, passes in (((), 7, Passes(5, 6, 2, 4, 200)), (("b",), 2, Passes(2, 3, 1, 4, 99))):
+        request = Request("r", (1,), SamplingParams(16, stop=stop), diffusion=wish)
+        output, events = RequestOutput(request, tokenizer), []
+        for i, (text, so_far) in enumerate(steps):
+            finish = FinishReason.LENGTH if i == 2 else None
+            event = output.take(SeqUpdate("r", tuple(text.encode()), finish=finish, passes=so_far), 0.0)
+            events += [] if event is None else [event]
+            if events and events[-1].finish is not None:
+                break
+        report = DiffusionReport(wish, passes.forwards, passes.draft_forwards, passes.verifies, passes.remasked, tokens)
+        assert [event.diffusion for event in events] == [None] * (len(events) - 1) + [report]
+        assert merge(events).diffusion == report and events[-1].usage.completion_tokens == tokens
+    silent = RequestOutput(Request("r", (1,), SamplingParams(16)), tokenizer)
+    event = silent.take(SeqUpdate("r", (97,), finish=FinishReason.LENGTH, passes=Passes(1)), 0.0)
+    assert event is not None and event.diffusion is None

@@ -9,7 +9,6 @@ import pytest
 from engine.types import DecodeTraits, FinishReason, StepPlan
 from tests.unit.fakes import (
     AutoregressiveDevice,
-    DiffusionDevice,
     Driver,
     SpeculativeDevice,
     expected,
@@ -90,18 +89,6 @@ def test_priority_goes_before_arrival_and_arrival_before_order_of_coming() -> No
     for name, priority, arrival in (("d", 1, 0.0), ("c", 0, 3.0), ("b", 0, 2.0), ("e", 1, 1.0), ("a", -1, 9.0)):
         run.scheduler.add(make_request(name, 4, 1, priority=priority, arrival=arrival))
     assert [run.step().items[0].request_id for _ in range(5)] == list("abcde")
-
-
-def test_prompts_that_cannot_be_chunked_are_planned_whole_and_alone_if_too_long() -> None:
-    run = driver(device=DiffusionDevice, budget=20, blocks=40)
-    for name, size in (("a", 8), ("b", 25), ("c", 4)):
-        run.scheduler.add(make_request(name, size, 8))
-    plan = run.step()
-    assert [(item.request_id, len(item.tokens), item.lookahead) for item in plan.items] == [("a", 8, 8)]
-    alone = next(plan for _ in range(20) if "b" in shares(plan := run.step()))
-    assert shares(alone) == {"b": (0, 25)}
-    run.drain()
-    assert all(len(run.tokens(name)) == 8 for name in "abc")
 
 
 def test_the_last_in_order_is_preempted_and_goes_on_where_it_was() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -24,6 +24,15 @@ def read(path: Path) -> list[Item]:
     if not items:
         raise ConfigError(f"{path} holds no prompts")
     return items
+
+
+def write(path: Path, items: Iterable[Item]) -> None:
+    """A task file that `read` reads: one JSON object with prompt and reference (and tests, if any) in each line."""
+    with path.open("w", encoding="utf-8") as file:
+        for item in items:
+            values = {"prompt": item.prompt, "reference": item.reference, "tests": item.tests}
+            told = {name: text for name, text in values.items() if text}
+            file.write(json.dumps(told, ensure_ascii=False) + "\n")
 
 
 def shuffled(items: list[Item], seed: int) -> Iterator[Item]:

@@ -6,12 +6,14 @@ from functools import partial
 from pathlib import Path
 
 from engine.errors import ConfigError
+from training.tasks import worksheet
 from training.tasks.builtin import TEMPLATES
 from training.tasks.files import read, shuffled
 from training.tasks.scoring import KINDS
 from training.tasks.task import Task
 
-NAMES = tuple(sorted(TEMPLATES))
+_SHEETS = "worksheet"
+NAMES = (*sorted(TEMPLATES), _SHEETS)
 
 
 def load(name: str, kind: str = "", *, chat: bool = True, max_tokens: int = 256) -> Task:
@@ -26,6 +28,8 @@ def load(name: str, kind: str = "", *, chat: bool = True, max_tokens: int = 256)
         template = TEMPLATES[name]
         kind = kind or template.kind
         return Task(name, kind, template.items, KINDS[kind], False, template.max_tokens, ("\n\n",))
+    if name == _SHEETS:
+        return Task(name, kind or _SHEETS, worksheet.items, KINDS[kind or _SHEETS], True, max_tokens)
     path = Path(name)
     if not path.is_file():
         raise ConfigError(f"--task {name}: there is no such file, and no task of that name ({', '.join(NAMES)})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from training.tasks import worksheet
 from training.tasks.rouge import rouge_l, rouge_n
 from training.tasks.sandbox import passes
 from training.tasks.task import Item, Score
@@ -55,6 +56,7 @@ KINDS: dict[str, Score] = {
     "code": code,
     "rouge2": rouge2,
     "rougeL": rougel,
+    "worksheet": worksheet.score,
 }
 
 
