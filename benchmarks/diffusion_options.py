@@ -37,8 +37,8 @@ _QUICK_WORDS = {
 _WORDS = {
     "rules": SWEEP,
     "timed_rules": TIMED,
-    "alone": ("quota=1,2", "threshold=.9,.99", "frechet=.9,.75,.5,.25,0,-.5,-1,-2,-4,-8"),
-    "drafts": ("frechet=.25,-1,-4",),
+    "alone": ("quota=1", "threshold=.9", "frechet=.9,.75,.5,.25,0,-1,-2,-4,-8"),
+    "drafts": ("frechet=-1,-4",),
     "verify": VERIFIES,
 }
 
@@ -94,7 +94,7 @@ def parse(arguments: Sequence[str]) -> Options:
         cache=given.cache,
         caches=tuple(given.caches.split(",")) if given.caches else (),
         batches=tuple(given.batch or ((1, 4) if given.quick else (1, 4, 16))),
-        drafter_steps=tuple(given.drafter_steps or ((4,) if given.quick else (2, 4, 8))),
+        drafter_steps=tuple(given.drafter_steps or ((4,) if given.quick else (2, 8))),
         block_length=given.block_length or 0,
         load=Load(given.quant, given.memory, given.threads),
         draw=tuple(given.draw or ()),
@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--caches", default="", metavar="NAME,NAME", help="that are timed (default: all of the model's)")
     made.add_argument("--batch", type=counts, metavar="N,N", help="requests at once in speed (1,4,16)")
-    made.add_argument("--drafter-steps", type=counts, metavar="N,N", help="denoise steps between two verifies (2,4,8)")
+    made.add_argument("--drafter-steps", type=counts, metavar="N,N", help="denoise steps between two verifies (2,8)")
     made.add_argument("--block-length", type=count, metavar="N", help="tokens (default: the model's)")
     made.add_argument("--quant", choices=QUANTS, default="auto", help="default: auto")
     made.add_argument("--memory", default="256MiB", help="of each engine's KV pool (default: %(default)s)")

@@ -15,14 +15,12 @@ from engine.diffusion import DiffusionInfo, DiffusionParams, RuleCard
 
 PLAIN = "quota 1"  # one token per step
 STEPS = "tokens"  # the knob of a schedule
-MARGINS = ("1", ".9", ".75", ".5", ".25", "0", "-.5", "-1", "-2", "-4")
-FACTORS = "0,.1,.25,.5,.75,1,1.5,2,3,5"  # 1 - margin: Frechet's rule at each is to commit no less
 SWEEP = (
-    "quota=1,2,3,4,6,8",
-    "threshold=.999,.99,.97,.95,.9,.8,.7,.6,.5,.4",
-    f"factor={FACTORS}",
-    f"factor_compat={FACTORS}",
-    f"frechet={','.join(MARGINS)}",
+    "quota=1,2,3,4",
+    "threshold=.99,.95,.9,.8,.7,.6,.5,.4",
+    "factor=.1,.25,.5,.75,1,2,4",
+    "factor_compat=.75,1",
+    "frechet=.9,.75,.5,.25,0,-1,-3",  # 1 - factor: at each of them it is to commit no less
 )
 TIMED = ("threshold=.9", "factor=.75", "frechet=.25")
 VERIFIES = ("confidence=.5,.9", "exact", "masked_copy=.5")

@@ -103,7 +103,7 @@ def diffusion_card(info: ModelInfo) -> dict[str, object] | None:
         "block_length": own.block_length,
         "block_lengths": list(offer.block_lengths),
         "canvas": own.canvas,
-        "max_canvas": offer.max_canvas or None,
+        "max_canvas": min(offer.max_canvas, info.max_model_len) or None,
         "steps": own.steps or None,
         "drafter": offer.drafter or None,
         "drafter_steps": own.drafter_steps or None,

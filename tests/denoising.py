@@ -65,7 +65,7 @@ def request(
     choice: int = 0,
     **sampling: object,
 ) -> Request:
-    """Greedy where nothing else is said. `params` with their block length get the canvas that `max_tokens` needs."""
+    """Greedy where nothing else is said."""
     sampling = {"temperature": 0.0, **sampling}
     return Request(
         name,

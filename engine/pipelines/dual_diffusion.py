@@ -4,7 +4,8 @@ In one form a model drafts for itself: denoise steps over its dual cache are che
 canvas verifies, whose KV is the next cache. In the other the drafter is a model of its own with the same tokens,
 block-causal or not, over the same block table; the served model then keeps no cache. What a verify step lets stand is
 final, and what it commits of the masks is, too; each of them makes at least one token final, so a block of b tokens
-takes b of them at most. Tokens leave in closed blocks, for those of the open one may still change.
+takes b of them at most. Tokens leave in closed blocks, for those of the open one may still change; earlier only where
+an end token is final, and all before it.
 
 All requests of a step share one pass of each model, whatever they are at; masked copies, which need masks of their
 own, take another one.

@@ -30,7 +30,7 @@ class Reviewer:
     def opinions(self, turns: Sequence[Turn], logits: Tensor) -> list[list[Opinion]]:
         """For each turn, of the positions it asks about; `logits` [positions of all, vocabulary], without the mask.
 
-        A turn whose logits are no numbers is marked as failed, and has no opinions.
+        A turn whose logits are no numbers is marked as failed.
         """
         cells = [(turn, position) for turn in turns for position in turn.asked]
         if not cells:
@@ -47,8 +47,7 @@ class Reviewer:
         for turn in turns:
             mine = [next(entries) for _ in turn.asked]
             turn.failed |= not all(kept == kept and chance == chance for _, _, (_, chance, kept) in mine)
-            says = [Opinion(at, old, int(new), chance, kept) for (_, at), old, (new, chance, kept) in mine]
-            found.append([] if turn.failed else says)
+            found.append([Opinion(at, old, int(new), chance, kept) for (_, at), old, (new, chance, kept) in mine])
         return found
 
     def _draw(self, cells: Sequence[tuple[Turn, int]], logits: Tensor) -> tuple[Tensor, Tensor]:

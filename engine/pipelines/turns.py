@@ -77,6 +77,7 @@ class Drafting:
         self.verify = request.diffusion.verify
         self.least = request.diffusion.verify_threshold
         self._models = models
+        self._stops = frozenset(request.eos_ids + request.sampling.stop_token_ids)
         self._steps = max(1, request.diffusion.drafter_steps)
         self._drafted: dict[int, int] = {}  # position -> denoise step in which it was drafted
         self._taken = 0  # draft steps since the last verify step, or since the block began
@@ -162,8 +163,7 @@ class Drafting:
         self._drafted.clear()
         self._taken = 0
         if turn.ahead and not turn.remasked:
-            self._close(turn)
-            self._begun = True
+            self._close(turn)  # the candidates are the new block's
         elif turn.ahead:
             turn.feed.candidates, turn.rows = turn.feed.candidates[:0], []
         return placed
@@ -179,10 +179,14 @@ class Drafting:
                 self._drafted.clear()  # nothing would come of a verify step
 
     def settle(self, turn: Turn) -> None:
-        """The turn is over."""
-        block = self.canvas.block
-        if block.start < block.stop and not block.left and not self._drafted:
+        """The turn is over. Tokens leave in closed blocks, and where the answer has ended."""
+        canvas, block = self.canvas, self.canvas.block
+        if self._drafted or block.start == block.stop:
+            return
+        if not block.left:
             self._close(turn)
+        elif not self._stops.isdisjoint(canvas.ids[canvas.told : block.start + int(block.masked.argmax())]):
+            turn.closed.append(canvas.hand_over())  # all before the first mask is final
 
     def _close(self, turn: Turn) -> None:
         """All of the open block is final: hand it over, and open the next one."""

@@ -165,7 +165,7 @@ def test_log_probabilities_are_those_of_the_commit(client: OpenAI, model: str) -
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_masks_text_is_text(server: ServerProcess, client: OpenAI, model: str) -> None:
-    text = f"a {TINY[{'full': 'llada', 'block': 'sdar'}[model]].mask_text} b"
+    text = f"a {TINY[KINDS[model]].mask_text} b"
     ids = post(server.url, "/tokenize", {"model": model, "prompt": text}).json()["tokens"]
     assert MASK not in ids and len(ids) >= len(text)
     echoed = ask(client, model, prompt=text, echo=True, max_tokens=4)

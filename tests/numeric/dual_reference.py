@@ -121,6 +121,8 @@ class Answer:
     chances: list[float] = field(default_factory=list)  # of the tokens, when they were put in
     forwards: int = 0
     draft_forwards: int = 0
+    positions: int = 0  # fed to either
+    draft_positions: int = 0
     verifies: int = 0
     remasked: int = 0
     forced: int = 0  # verify steps that would have brought nothing
@@ -137,6 +139,7 @@ class Reference:
         self.drafted: dict[int, int] = {}  # position -> step
         self.step = 0  # of the block
         self.answer = Answer()
+        self.final = 0  # positions whose KV a block-causal drafter need not compute again
         self.kept = (drafter or served).cache()
         self.shifted = setting.shift if drafter is None else setting.draft_shift
 
@@ -164,7 +167,7 @@ class Reference:
             self.drafts(range(start, stop), self.whole_draft(), first=self.shifted)
             taken = 1
         elif self.shifted and start % self.setting.unit == 0:
-            self.drafts(range(start, start + 1), self.draft(start - 1, start))
+            self.drafts(range(start, start + 1), self.draft(start - 1, start, opening=True))
             taken, self.step = 1, 0
         while self.drafted or MASK in self.ids[start:stop]:
             while taken < self.setting.steps and MASK in self.ids[start:stop]:
@@ -192,8 +195,8 @@ class Reference:
         step = self.step
         self.drafted.update(dict.fromkeys(self.commit(positions, logits, first), step))
 
-    def draft(self, start: int, stop: int) -> Tensor:
-        """A cheap pass over the block."""
+    def draft(self, start: int, stop: int, opening: bool = False) -> Tensor:
+        """A cheap pass over the block, or over the last rows before the block that it opens."""
         if not self.setting.unit:
             return self.rows(self.drafter or self.served, start, stop)
         assert self.drafter is not None
@@ -201,7 +204,8 @@ class Reference:
         end = (start // unit + 1) * unit
         ids = [*self.ids, *[MASK] * unit][:end]
         block = torch.arange(end) // unit
-        self.answer.draft_forwards += 1
+        self.count(self.drafter, end - min(self.final, start))
+        self.final = end if opening else end - unit
         found = self.drafter.run(ids, range(end), block[:, None] >= block[None], self.drafter.cache())
         return torch.cat((found[:1], found)) if self.shifted else found
 
@@ -211,18 +215,23 @@ class Reference:
 
     def rows(self, model: Plain, start: int, stop: int) -> Tensor:
         """A pass over positions start to stop - 1 that sees what is kept of the others."""
-        if model is self.drafter:
-            self.answer.draft_forwards += 1
-        else:
-            self.answer.forwards += 1
+        self.count(model, stop - start)
         visible = torch.ones(stop - start, self.end, dtype=torch.bool)
         found = torch.full((self.end, VOCAB), torch.nan).double()
         found[start:stop] = model.run(self.ids[start:stop], range(start, stop), visible, self.kept, start)
         return found.roll(1, 0) if self.shifted else found
 
+    def count(self, model: Plain, fed: int) -> None:
+        self.answer.positions += fed
+        if model is self.drafter:
+            self.answer.draft_forwards += 1
+            self.answer.draft_positions += fed
+        else:
+            self.answer.forwards += 1
+
     def exact(self, copies: Sequence[int] = ()) -> Tensor:
         """A whole pass of the served model; then come the logits of masked copies of some positions."""
-        self.answer.forwards += 1
+        self.count(self.served, self.end + len(copies))
         ids, positions = [*self.ids, *[MASK] * len(copies)], [*range(self.end), *copies]
         visible = torch.ones(len(ids), len(ids), dtype=torch.bool)
         visible[:, self.end :] = False

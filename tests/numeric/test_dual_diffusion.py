@@ -63,7 +63,8 @@ def settings(kind: str) -> list[tuple[tuple[int, ...], Setting]]:
         sure = replace(base, threshold=(0.4, 0.7)[number % 2], least=(0.5, 0.1, 0.3)[number % 3])
         changes = replace(sure, verify=verify, temperature=temperature, seed=number, steps=1 + number % 4)
         found.append((PROMPTS[number % 3], replace(changes, canvas=(8, 6, 11)[number % 3])))
-    return found
+    slow = replace(base, threshold=2.0, steps=9, least=0.0, canvas=11)  # verify steps that change nothing
+    return [*found, (PROMPTS[2], slow), (PROMPTS[0], replace(slow, block=3))]
 
 
 def equal(got: Outcome, want: Answer) -> None:
@@ -71,6 +72,7 @@ def equal(got: Outcome, want: Answer) -> None:
     assert got.tokens == want.tokens
     passes = got.passes
     assert (passes.forwards, passes.draft_forwards) == (want.forwards, want.draft_forwards)
+    assert (passes.positions, passes.draft_positions) == (want.positions, want.draft_positions)
     assert (passes.verifies, passes.remasked) == (want.verifies, want.remasked)
     assert MASK not in got.tokens
     assert [entry.token_id for entry in got.logprobs] == want.tokens

@@ -249,6 +249,9 @@ def test_closed_blocks_leave_and_stops_are_kept(served: ModelRunner) -> None:
     one = replace(request("a", PROMPT, setting), eos_ids=(stop,))
     ended = run(pipeline(served, None, setting), [one])[0]["a"]
     assert ended.tokens == whole.tokens[: whole.tokens.index(stop) + 1] and ended.finish is FinishReason.STOP
+    first = replace(one, eos_ids=(whole.tokens[0],))  # final after a pass or two, when most of its block is masks
+    soon = run(pipeline(served, None, setting), [first])[0]["a"]
+    assert soon.tokens == whole.tokens[:1] and soon.passes.forwards <= 2
     cut = run(pipeline(served, None, setting), [request("a", PROMPT, setting, max_tokens=6)])[0]["a"]
     assert cut.tokens == whole.tokens[:6] and cut.finish is FinishReason.LENGTH
     late = replace(one, sampling=replace(one.sampling, min_tokens=16))

@@ -95,8 +95,8 @@ def test_bans_and_biases_hold_at_masked_positions() -> None:
     assert favourite not in tokens(bad_words=((favourite,),))
     assert set(tokens(allowed_token_ids=(1, 2, 3, MASK))) <= {1, 2, 3}
     assert set(tokens(logit_bias=((9, 100.0), (MASK, 100.0)))) == {9}
-    late = tokens(stop_token_ids=(favourite,), min_tokens=11)
-    assert favourite not in late[:11], "banned while the answer may not end"
+    late = tokens(stop_token_ids=(9,), logit_bias=((9, 100.0),), min_tokens=11)
+    assert late.index(9) == 11 and len(late) == 12, "banned where the answer may not end, and only there"
     early = tokens(stop_token_ids=(favourite,))
     assert early == free[: free.index(favourite) + 1]
 
@@ -104,7 +104,7 @@ def test_bans_and_biases_hold_at_masked_positions() -> None:
 def test_logprobs_are_those_of_the_step_that_committed(plain: PlainNetwork) -> None:
     rig = Rig(DiffusionSpec(FULL, MASK), network())
     wish = params("factor", "none", 8, 16)
-    got = rig.run([request("x", PROMPT, 16, wish, logprobs=2), request("y", PROMPT[:2], 16, wish)])
+    got = rig.run([request("y", PROMPT[:2], 16, wish), request("x", PROMPT, 16, wish, logprobs=2)])
     states = [{}, *got["x"].states]
     end, size = len(PROMPT) + 16, len(PROMPT)
     assert [entry.token_id for entry in got["x"].logprobs] == got["x"].tokens

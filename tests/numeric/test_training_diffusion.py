@@ -234,6 +234,17 @@ def test_a_killed_run_goes_on_to_the_same_weights(
         Trainer(Network(SHAPE), sheets, objective(tokenizer), replace(plan, lr=1.0), tmp_path / "killed")
 
 
+def test_a_plateau_may_become_longer(sheets: batches.Sheets, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Without a decay nothing depends on how many steps are planned."""
+    short = Schedule("block_causal", 1, sequences=1)
+    for plan in (short, replace(short, steps=2)):
+        trainer = Trainer(Network(SHAPE), sheets, objective(tokenizer), plan, tmp_path, tests=1)
+        trainer.run(lambda *_: None, lambda _: None)
+    assert trainer.step == 2 and [point.step for point in trainer.points] == [1, 2]
+    with pytest.raises(ConfigError, match="another schedule"):
+        Trainer(Network(SHAPE), sheets, objective(tokenizer), replace(short, decay=0.5), tmp_path)
+
+
 def test_the_rate_rises_stays_and_falls() -> None:
     plan = Schedule("full", 100, lr=1.0, warmup=10, decay=0.5)
     assert [plan.rate(step) for step in (0, 9, 30, 50, 75, 99)] == [0.1, 1.0, 1.0, 1.0, 0.5, 0.02]

@@ -147,6 +147,9 @@ def test_thresholds_and_their_borders() -> None:
     row = [0.9, 0.95, 0.85, 0.3]
     assert count("threshold", row, threshold=0.9) == 2, "equality counts"
     assert count("threshold", row, threshold=0.0) == 4
+    assert count("factor", [0.875, 0.75], factor=0.75) == 2, "equality counts"
+    assert count("frechet", [0.875, 0.75], delta=0.375) == 1, "equality doesn't"
+    assert count("frechet", [0.875, 0.75], delta=0.37) == 2
     dynamic = rule("dynamic")
     knobs = {"threshold": 0.85}
     assert dynamic.choose(profile([row], knobs, [1])).tolist() == [[True, True, False, False]], "equality doesn't"

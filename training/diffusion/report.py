@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -88,7 +89,7 @@ def read_runs(folder: Path) -> list[Run]:
         return []
     try:
         runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
-        return [Run(run["options"], [Point.read(point) for point in run["points"]]) for run in runs]
+        return [Run(run["options"], [Point.read(json.dumps(point)) for point in run["points"]]) for run in runs]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} is no record of train-diffusion: {error}") from error
 
@@ -204,7 +205,7 @@ def card(attention: str, network: Network, objective: Objective, runs: Sequence[
         "weights": "float16; the license is the project's",
     }
     kind = "full attention" if attention == "full" else "block-causal attention"
-    return _CARD.format(
+    text = _CARD.format(
         kind=kind,
         about=_ABOUT[attention].format(size=size, block=objective.block),
         rows="".join(f"| {name} | {value} |\n" for name, value in facts.items()),
@@ -218,6 +219,14 @@ def card(attention: str, network: Network, objective: Objective, runs: Sequence[
         objective=_OBJECTIVE[attention],
         commands="\n".join(str(run.options["command"]) for run in runs),
     )
+    return "\n".join(_wrapped(line) for line in text.split("\n"))
+
+
+def _wrapped(line: str) -> str:
+    """Lines of prose in at most 120 characters; tables and commands as they are."""
+    if line.startswith(("|", "slipstream ")):
+        return line
+    return textwrap.fill(line, 120, subsequent_indent="   " if line[:1].isdigit() else "") if line else line
 
 
 def _row(trial: Trial) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -64,8 +63,9 @@ class Point:
     held_out: dict[str, tuple[float, float]]  # attention -> (cross entropy, share right)
 
     @classmethod
-    def read(cls, values: Mapping[str, Any]) -> Point:
+    def read(cls, line: str) -> Point:
         """A point as it was written in JSON."""
+        values = json.loads(line)
         return cls(**{**values, "held_out": {name: tuple(pair) for name, pair in values["held_out"].items()}})
 
 
@@ -183,8 +183,8 @@ class Trainer:
             optimizer.state[parameter] = found
         self._seconds, self._tokens = float(meta["seconds"]), int(meta["tokens"])
         if self._log.exists():
-            read = [json.loads(line) for line in self._log.read_text(encoding="utf-8").splitlines()]
-            self.points = [point for point in map(Point.read, read) if point.step <= int(meta["step"])]
+            lines = self._log.read_text(encoding="utf-8").splitlines()
+            self.points = [point for point in map(Point.read, lines) if point.step <= int(meta["step"])]
         return int(meta["step"])
 
 
