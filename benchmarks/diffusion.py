@@ -1,7 +1,8 @@
 """`slipstream bench diffusion`: a masked-diffusion model by unmask rule, cache and requests at once.
 
-Four parts over one task. `rules`: accuracy against tokens per forward over the knobs of all rules. `speed`: tokens per
-second. `batch`: requests at once against one by one. `dual`: DualDiffusion against its drafter alone.
+Five parts over one task. `rules`: accuracy against tokens per forward over the knobs of all rules. `caches`: accuracy
+of some by cache. `speed`: their tokens per second. `batch`: requests at once against one by one. `dual`: DualDiffusion
+against its drafter alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from benchmarks.diffusion_dual import ALONE, Arm, dual_arms
 from benchmarks.diffusion_engine import Served
 from benchmarks.diffusion_options import Options, parse, public
 from benchmarks.diffusion_report import NOTES, Found
-from benchmarks.diffusion_variants import PLAIN, Variant, Wish, variants, wish
+from benchmarks.diffusion_samples import Kept
+from benchmarks.diffusion_variants import Variant, Wish, variants, wish
 from benchmarks.drafts_options import say
 from benchmarks.processes import OtherLoad
 from benchmarks.stream import BenchmarkError
@@ -27,7 +29,7 @@ from engine.errors import SlipstreamError
 from engine.hub.resolve import resolve
 from engine.llm import CACHE_DIR
 
-_SETTINGS = ("cases", "scored", "timed", "rounds", "clients", "tokens", "block_length", "batches")
+_SETTINGS = ("cases", "timed", "rounds", "clients", "tokens", "block_length", "batches")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -58,22 +60,25 @@ def main(arguments: Sequence[str]) -> int:
 def measure(options: Options) -> Found:
     """All parts that were asked for. Raises BenchmarkError and SlipstreamError."""
     folder = resolve(options.model, CACHE_DIR.expanduser())
-    group = task(options.task, max(options.cases, options.timed, options.scored), options.score, options.tokens)
-    served = Served(folder, options.load)
+    group = task(options.task, max(options.cases, options.timed, options.clients), options.score, options.tokens)
+    kept = Kept(options.samples)
+    served = Served(folder, options.load, kept=kept)
     say(f"loaded {options.model}: {served.info.quant}")
-    swept = timed = dual = None
+    swept = cached = timed = dual = None
     batch: list[diffusion_batch.Batch] = []
     if "rules" in options.parts:
         swept = _rules(served, group, options)
+    chosen = _timed(served, options) if {"caches", "speed", "batch"} & set(options.parts) else []
+    asked = served.asked(group, options.tokens)
+    if "caches" in options.parts:
+        cached = diffusion_speed.accuracies(served, asked.first(options.cases), chosen, options.clients)
     if "speed" in options.parts:
-        plain, rivals = _timed(served, options)
-        timed = diffusion_speed.measure(served, served.asked(group, options.tokens), plain, rivals, options)
+        timed = diffusion_speed.measure(served, asked, chosen, options)
     if "batch" in options.parts:
-        _, rivals = _timed(served, options)
-        batch = diffusion_batch.measure(served, served.asked(group, options.tokens), rivals, options)
+        batch = diffusion_batch.measure(served, asked, chosen[1:], options)
     if "dual" in options.parts:
         dual = _dual(served, folder, group, options)
-    return Found(swept, timed, tuple(batch), dual)
+    return Found(swept, cached, timed, tuple(batch), dual)
 
 
 def _base(served: Served, options: Options, cache: str) -> DiffusionParams:
@@ -89,27 +94,26 @@ def _variants(served: Served, words: Sequence[Wish], options: Options, cache: st
 
 
 def _rules(served: Served, group: Group, options: Options) -> diffusion_rules.Swept:
-    """One token per step and the reference are always among them."""
+    """The reference is always among them."""
     cache = options.cache or ("block" if served.diffusion.spec.block_causal else "dual")
-    words = (wish("quota=1"), wish("threshold=.9"), *options.words["rules"])
+    words = (*options.words["rules"], wish("threshold=.9"))
     chosen = _variants(served, words, options, cache)
     asked = served.asked(group, options.tokens).first(options.cases)
     return diffusion_rules.sweep(served, asked, chosen, options.clients)
 
 
-def _timed(served: Served, options: Options) -> tuple[Variant, list[Variant]]:
+def _timed(served: Served, options: Options) -> list[Variant]:
     """The plain sampler, without a cache where the model can do without, and the rules under every cache."""
     caches, words = options.caches or served.diffusion.caches, options.words["timed_rules"]
     rivals = [one for cache in caches for one in _variants(served, words, options, cache)]
-    (plain,) = _variants(served, [wish(PLAIN.replace(" ", "="))], options, served.diffusion.spec.caches[0])
-    return plain, rivals
+    return [*_variants(served, [wish("quota=1")], options, served.diffusion.spec.caches[0]), *rivals]
 
 
 def _dual(served: Served, folder: Path, group: Group, options: Options) -> diffusion_dual.Dual:
     """The drafter alone with all rules of --drafts; those of them that are fast draft. Raises BenchmarkError."""
     other = resolve(options.drafter, CACHE_DIR.expanduser()) if options.drafter else None
-    drafter = served if other is None else Served(other, options.load)
-    dual = Served(folder, options.load, "dual_diffusion", "" if other is None else str(other))
+    drafter = served if other is None else Served(other, options.load, kept=served.kept)
+    dual = Served(folder, options.load, "dual_diffusion", other, served.kept)
     cache = "block" if drafter.diffusion.spec.block_causal else "dual"
     alone = _variants(drafter, options.words["alone"], options, cache)
     exact = _variants(served, options.words["timed_rules"], options, served.diffusion.spec.caches[0])

@@ -108,7 +108,7 @@ def measure(arms: Sequence[Arm], group: Group, options: Options) -> dict[Key, li
         say(arm.series)
         asked = arm.served.asked(group, options.tokens)
         for one in arm.variants:
-            found[arm.series, one.name] = answers(arm.served, asked, one, options.clients)
+            found[arm.series, one.name] = answers(arm.served, asked, one, options.clients).samples
     return found
 
 

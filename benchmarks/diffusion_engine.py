@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
+from benchmarks.diffusion_confidence import watching
 from benchmarks.diffusion_figures import Sample
-from benchmarks.diffusion_variants import Variant
+from benchmarks.diffusion_samples import Answered, Kept, digest, key_of
+from benchmarks.diffusion_variants import PLAIN, Variant
 from benchmarks.drafts_engine import Answer, Conditions, Load, Restrained, Run, run
 from benchmarks.drafts_options import say
 from benchmarks.stream import BenchmarkError
@@ -90,12 +92,20 @@ class Asked:
 class Served:
     """A loaded model. `phases` tells what was loaded."""
 
-    def __init__(self, folder: Path, load: Load, pipeline: str = "masked_diffusion", drafter: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        load: Load,
+        pipeline: str = "masked_diffusion",
+        drafter: Path | None = None,
+        kept: Kept | None = None,
+    ) -> None:
         """Raises BenchmarkError where it can't be loaded, or denoises nothing."""
         self.phases: list[Phase] = []
-        model = ModelConfig(
-            path=str(folder), pipeline=pipeline, quant=load.quant, diffusion=DiffusionConfig(drafter=drafter)
-        )
+        self.kept = kept or Kept()
+        self._key = (pipeline, load.quant, digest(folder), "" if drafter is None else digest(drafter))
+        diffusion = DiffusionConfig(drafter="" if drafter is None else str(drafter))
+        model = ModelConfig(path=str(folder), pipeline=pipeline, quant=load.quant, diffusion=diffusion)
         self._config = EngineConfig(
             model=model,
             scheduler=SchedulerConfig(max_batched_tokens=STEP),
@@ -122,6 +132,10 @@ class Served:
         """Cases for this model, with answers of so many tokens at most."""
         return Asked(group, self.tokenizer, self.info.eos_ids, tokens)
 
+    def key(self, wanted: Iterable[Request]) -> str:
+        """Of these requests at this model."""
+        return key_of(*self._key, *((one.prompt_ids, one.sampling, one.diffusion, one.eos_ids) for one in wanted))
+
     def core(self, conditions: Conditions) -> EngineCore:
         """A new engine over the loaded model, with nothing cached."""
         scheduler = replace(self._config.scheduler, max_num_seqs=conditions.seqs)
@@ -137,16 +151,24 @@ def check(served: Served, asked: Asked, variants: Iterable[Variant]) -> None:
         asked.requests(served.info, one.params, one.name, [0])
 
 
-def answers(served: Served, asked: Asked, variant: Variant, clients: int, *, logprobs: bool = False) -> list[Sample]:
-    """All cases, so many at once; nothing is timed. Raises BenchmarkError."""
-    wanted = asked.requests(served.info, variant.params, variant.name, logprobs=logprobs)
-    core = served.core(Conditions(seqs=max(clients, 2), prefix_cache=True))
-    found = run(core, wanted, clients, ended=asked.ending.reached).answers
-    samples = [asked.sample(number, answer) for number, answer in enumerate(found)]
-    right, forwards = sum(one.score for one in samples), sum(one.forwards + one.draft_forwards for one in samples)
-    length = sum(one.tokens for one in samples) / max(forwards, 1)
-    say(f"{variant.title:<28} {right / len(samples):.3f} right  {length:.2f} tokens per forward")
-    return samples
+def answers(served: Served, asked: Asked, variant: Variant, clients: int) -> Answered:
+    """All cases, so many at once; nothing is timed. What is kept already is not asked again. Raises BenchmarkError."""
+    wanted = asked.requests(served.info, variant.params, variant.name, logprobs=variant.name == PLAIN)
+    key = served.key(wanted)
+    told = served.kept.find(key)
+    if told is None:
+        core = served.core(Conditions(seqs=max(clients, 2), prefix_cache=True))
+        with watching() as seen:
+            found = run(core, wanted, clients, ended=asked.ending.reached).answers
+        samples = [asked.sample(number, answer) for number, answer in enumerate(found)]
+        told = Answered(key, samples, seen.histogram(variant.name))
+        served.kept.add(told)
+    right, forwards = (
+        sum(values) for values in zip(*((s.score, s.forwards + s.draft_forwards) for s in told.samples), strict=True)
+    )
+    length = sum(one.tokens for one in told.samples) / max(forwards, 1)
+    say(f"{variant.title:<28} {right / len(told.samples):.3f} right  {length:.2f} tokens per forward")
+    return told
 
 
 def timed(served: Served, asked: Asked, wanted: Sequence[Request], clients: int) -> Run:

@@ -14,15 +14,14 @@ from engine.config import QUANTS
 from training.tasks.loading import NAMES
 from training.tasks.scoring import KINDS
 
-PARTS = ("rules", "speed", "batch", "dual")
+PARTS = ("rules", "caches", "speed", "batch", "dual")
 MODEL = "checkpoints/tiny-diffusion-full"
 # What is asked where nothing is said, and with --quick: less than a minute for the models of checkpoints/.
-_DEFAULTS = {"cases": 2000, "scored": 300, "timed": 8, "rounds": 5, "clients": 16, "tokens": 256}
-_QUICK = {"cases": 12, "scored": 4, "timed": 2, "rounds": 1, "clients": 4, "tokens": 64}
+_DEFAULTS = {"cases": 2000, "timed": 8, "rounds": 3, "clients": 16, "tokens": 256}
+_QUICK = {"cases": 6, "timed": 2, "rounds": 1, "clients": 4, "tokens": 64}
 _HELP = {
-    "cases": "of the task, for rules and dual",
-    "scored": "cases that speed is told the accuracy of",
-    "timed": "cases that are timed in each round, or twice as many as requests at once if those are more",
+    "cases": "of the task, where nothing is timed",
+    "timed": "cases that are timed in each round, or as many as are asked at once",
     "rounds": "of timing",
     "clients": "requests at once in batch, and where nothing is timed",
     "tokens": "of an answer at most: the canvas of full-attention models",
@@ -60,11 +59,11 @@ class Options:
     block_length: int
     load: Load
     cases: int
-    scored: int
     timed: int
     rounds: int
     clients: int
     tokens: int
+    samples: tuple[Path, ...]
     draw: tuple[Path, ...]
     json: Path | None
     markdown: Path | None
@@ -89,7 +88,7 @@ def parse(arguments: Sequence[str]) -> Options:
         drafter=given.drafter,
         task=given.task,
         score=given.score,
-        parts=PARTS if given.quick and not given.parts else tuple(given.parts or ("rules", "speed")),
+        parts=PARTS if given.quick and not given.parts else tuple(given.parts or ("rules", "caches", "speed")),
         words=words,
         cache=given.cache,
         caches=tuple(given.caches.split(",")) if given.caches else (),
@@ -97,6 +96,7 @@ def parse(arguments: Sequence[str]) -> Options:
         drafter_steps=tuple(given.drafter_steps or ((4,) if given.quick else (2, 8))),
         block_length=given.block_length or 0,
         load=Load(given.quant, given.memory, given.threads),
+        samples=tuple(given.samples or ()),
         draw=tuple(given.draw or ()),
         json=given.json,
         markdown=given.markdown,
@@ -129,11 +129,11 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--score", default="", choices=tuple(KINDS), help="how answers of a file are scored (its own way)"
     )
-    made.add_argument("--parts", type=_parts, metavar="PART,PART", help=f"of {', '.join(PARTS)} (rules,speed)")
+    made.add_argument("--parts", type=_parts, metavar="PART,PART", help=f"of {', '.join(PARTS)} (rules,caches,speed)")
     shape = "NAME[:KNOB][=VALUE,VALUE]"
     for flag, said in (
         ("rules", "swept in rules"),
-        ("timed-rules", "timed in speed and batch"),
+        ("timed-rules", "of caches, speed and batch"),
         ("alone", "of the drafter alone in dual"),
         ("drafts", "that draft in dual"),
         ("verify", "of drafts in dual, with their thresholds"),
@@ -153,6 +153,13 @@ def _parser() -> argparse.ArgumentParser:
     for flag, default in _DEFAULTS.items():
         made.add_argument(f"--{flag}", type=count, metavar="N", help=f"{_HELP[flag]} (default: {default})")
     made.add_argument("--quick", action="store_true", help="all parts, a few cases each, to see that it runs")
+    made.add_argument(
+        "--samples",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="untimed answers: read from all of these, and new ones added to the first, to go on after a break",
+    )
     made.add_argument("--draw", type=Path, nargs="+", metavar="FILE.json", help="measure nothing: draw these records")
     for flag in ("json", "markdown", "png"):
         made.add_argument(f"--{flag}", type=Path, metavar="FILE")

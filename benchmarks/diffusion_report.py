@@ -12,7 +12,7 @@ from benchmarks import report
 from benchmarks.diffusion_batch import Batch
 from benchmarks.diffusion_dual import Dual
 from benchmarks.diffusion_rules import Part, Row, Swept
-from benchmarks.diffusion_speed import Timed
+from benchmarks.diffusion_speed import Cached, Timed
 from benchmarks.stream import BenchmarkError
 from benchmarks.verifiers_figures import Estimate
 
@@ -30,6 +30,7 @@ class Found:
     """What was measured, part by part."""
 
     rules: Swept | None = None
+    caches: Cached | None = None
     speed: Timed | None = None
     batch: tuple[Batch, ...] = ()
     dual: Dual | None = None
@@ -44,11 +45,10 @@ def tables(found: Found) -> list[Table]:
             told += [_rows(f"{part.name}: {part.cases} cases", part.rows, reference), _best(part, reference)]
             told += [_matches(part)] if part.matches else []
         told.append(_histogram(found.rules))
+    if found.caches is not None:
+        told.append(_rows(f"by cache: {found.caches.cases} cases", found.caches.rows, found.caches.reference))
     if found.speed is not None:
-        told += [
-            _rows(f"timed rules: {found.speed.cases} cases", found.speed.rows, found.speed.reference),
-            _speeds(found.speed),
-        ]
+        told.append(_speeds(found.speed))
     if found.batch:
         told += [_batch(found.batch), _profile(found.batch)]
     if found.dual is not None:
@@ -156,7 +156,7 @@ def read(file: Path) -> Found:
 
 def merged(records: Sequence[Found]) -> Found:
     """All parts that any of the records has, the last one's where several have it."""
-    names = ("rules", "speed", "batch", "dual")
+    names = ("rules", "caches", "speed", "batch", "dual")
     return Found(**{name: part for one in records for name in names if (part := getattr(one, name))})
 
 

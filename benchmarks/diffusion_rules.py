@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.diffusion_confidence import Histogram, watching
+from benchmarks.diffusion_confidence import Histogram
 from benchmarks.diffusion_engine import Asked, Served, answers, check
 from benchmarks.diffusion_figures import Best, Paired, Sample, halves, part
 from benchmarks.diffusion_variants import PLAIN, Variant, matching
@@ -56,12 +56,12 @@ class Match:
 class Part:
     """All cases or half of them: every variant, and the best of each rule at equal accuracy.
 
-    `confidence`: mean at commit of these cases with one token per step, the least and the most.
+    `confidence`: mean at commit of these cases with one token per step, the least and the most; None without that run.
     """
 
     name: str
     cases: int
-    confidence: tuple[float, float]
+    confidence: tuple[float, float] | None
     rows: tuple[Row, ...]
     best: dict[str, Best | None]
     matches: tuple[Match, ...]
@@ -75,17 +75,18 @@ class Swept:
 
 
 def sweep(served: Served, asked: Asked, variants: Sequence[Variant], clients: int) -> Swept:
-    """Every variant on every case; the reference and one token per step must be among them. Raises BenchmarkError."""
+    """Every variant on every case, among them the reference; halves need one token per step. Raises BenchmarkError."""
     check(served, asked, variants)
     found: dict[str, list[Sample]] = {}
     histograms = []
     for variant in variants:
-        with watching() as seen:
-            found[variant.name] = answers(served, asked, variant, clients, logprobs=variant.name == PLAIN)
-        if variant.name in (PLAIN, REFERENCE):
-            histograms.append(seen.histogram(variant.name))
-    sure, unsure = halves(found[PLAIN])
-    named = {"all": range(len(found[PLAIN])), "saturated half": sure, "unsaturated half": unsure}
+        told = answers(served, asked, variant, clients)
+        found[variant.name] = told.samples
+        if variant.name in (PLAIN, REFERENCE) and told.histogram is not None:
+            histograms.append(told.histogram)
+    named: dict[str, Sequence[int]] = {"all": range(len(found[REFERENCE]))}
+    if PLAIN in found:
+        named["saturated half"], named["unsaturated half"] = halves(found[PLAIN])
     parts = [compared(name, variants, part(found, places)) for name, places in named.items() if len(places)]
     return Swept(REFERENCE, tuple(parts), tuple(histograms))
 
@@ -96,11 +97,11 @@ def compared(name: str, variants: Sequence[Variant], found: Mapping[str, Sequenc
     rules: dict[str, list[str]] = {}
     for one in variants:
         rules.setdefault(one.rule, []).append(one.name)
-    sure = [one.confidence for one in found[PLAIN]]
+    sure = [one.confidence for one in found.get(PLAIN, ())]
     return Part(
         name=name,
         cases=paired.cases,
-        confidence=(min(sure), max(sure)),
+        confidence=(min(sure), max(sure)) if sure else None,
         rows=tuple(row(one, paired) for one in variants),
         best={rule: paired.best(names, REFERENCE) for rule, names in rules.items()},
         matches=tuple(match(paired, *pair) for pair in matching(variants)),

@@ -1,8 +1,8 @@
-"""Unmask rules by cache and requests at once: tokens per second, in turns, and accuracy, beside the plain sampler.
+"""Unmask rules by cache and requests at once: tokens per second, in turns, beside the plain sampler.
 
 The plain sampler has no cache and commits one token per step; it is timed at the smallest batch alone. Within a round
-all variants answer the same cases, another first each time; ratios are made within rounds. Accuracy comes from more
-cases than are timed, before anything is.
+all variants answer the same cases, another first each time; ratios are made within rounds. Accuracy by cache is a part
+of its own: it takes many more cases than can be timed.
 """
 
 from __future__ import annotations
@@ -44,33 +44,44 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """`rows`: accuracy of every variant on so many cases, beside the first rule with the first cache."""
+    """`requests`: timed in each round, by batch; each up to `tokens` long."""
+
+    tokens: int
+    requests: dict[int, int]
+    speeds: tuple[Speed, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """Accuracy of every variant by cache, beside the reference: the first rule with the first cache."""
 
     reference: str
     cases: int
-    tokens: int
-    requests: dict[int, int]  # timed in each round, by batch
     rows: tuple[Row, ...]
-    speeds: tuple[Speed, ...]
 
 
 Runs = Mapping[Variant, Sequence[Run]]  # one of each round
 
 
-def measure(served: Served, asked: Asked, plain: Variant, variants: Sequence[Variant], options: Options) -> Timed:
-    """All of the part. `variants` are the plain sampler's rivals, cache by cache. Raises BenchmarkError."""
-    check(served, asked, (plain, *variants))
-    found = {one: answers(served, asked.first(options.scored), one, options.clients) for one in (plain, *variants)}
-    compared = Paired({one.title: samples for one, samples in found.items()})
-    rows = [row(one, compared, variants[0].title, one.title) for one in found]
-    for one in found:
+def measure(served: Served, asked: Asked, variants: Sequence[Variant], options: Options) -> Timed:
+    """Speeds. `variants` are the plain sampler, then its rivals, cache by cache. Raises BenchmarkError."""
+    plain = variants[0]
+    for one in variants:
         timed(served, asked, asked.requests(served.info, one.params, "warm-up", range(WARM_UP)), 1)
     speeds, sizes = [], {}
     for batch in options.batches:
-        chosen = [plain, *variants] if batch == min(options.batches) else list(variants)
-        sizes[batch] = max(options.timed, 2 * batch if batch > 1 else 1)
+        chosen = variants if batch == min(options.batches) else variants[1:]
+        sizes[batch] = max(options.timed, batch)
         speeds += told(rounds(served, asked, chosen, batch, sizes[batch], options.rounds), plain, batch)
-    return Timed(variants[0].title, compared.cases, asked.tokens, sizes, tuple(rows), tuple(speeds))
+    return Timed(asked.tokens, sizes, tuple(speeds))
+
+
+def accuracies(served: Served, asked: Asked, variants: Sequence[Variant], clients: int) -> Cached:
+    """Nothing is timed. The first variant is the plain sampler. Raises BenchmarkError."""
+    check(served, asked, variants)
+    found = {one: answers(served, asked, one, clients).samples for one in variants}
+    compared, reference = Paired({one.title: samples for one, samples in found.items()}), variants[1].title
+    return Cached(reference, compared.cases, tuple(row(one, compared, reference, one.title) for one in found))
 
 
 def rounds(served: Served, asked: Asked, variants: Sequence[Variant], batch: int, size: int, count: int) -> Runs:

@@ -11,17 +11,18 @@ import pytest
 import torch
 
 from benchmarks import diffusion_products
-from benchmarks.diffusion_confidence import watching
 from benchmarks.diffusion_engine import Served, answers
+from benchmarks.diffusion_samples import Kept
 from benchmarks.diffusion_variants import Variant, variants, wish
 from benchmarks.drafts_engine import Load
+from benchmarks.stream import BenchmarkError
 from benchmarks.verifiers_task import Group, Question
 from engine.diffusion import DiffusionParams
 from server import cli
 from tests.tiny_diffusion import WIDTH, save_tiny_diffusion
 
 FEW = (
-    *("--cases", "4", "--tokens", "8", "--scored", "2", "--timed", "1", "--clients", "2", "--batch", "1,2"),
+    *("--cases", "4", "--tokens", "8", "--timed", "1", "--clients", "2", "--batch", "1,2"),
     *("--caches", "none,dual"),
 )
 CASES = tuple(Question(f"q{i}", f"{i} abc" * (1 + i), lambda text: len(text) % 2) for i in range(4))
@@ -79,6 +80,8 @@ def test_all_parts(full: Path, block: Path, tmp_path: Path) -> None:
     assert rows["quota 4"]["forwards"]["value"] == rows["quota 1"]["forwards"]["value"] / 4 == 2
     assert whole["matches"] and all(one["more"] == 0 for one in whole["matches"]) and whole["best"]["threshold"]
     assert all(sum(one["counts"]) > 0 for one in found["rules"]["histograms"])
+    caches = {(row["cache"], row["variant"]) for row in found["caches"]["rows"]}
+    assert len(caches) == 2 * 2 + 1 and ("none", "quota 1") in caches
     loads = {(one["batch"], one["cache"], one["variant"]) for one in found["speed"]["speeds"]}
     assert len(loads) == 2 * 2 * 2 + 1 and (1, "none", "quota 1") in loads
     assert all(one["equal"] == one["requests"] and one["products"][0] > 0 for one in found["batch"])
@@ -94,7 +97,10 @@ def test_all_parts(full: Path, block: Path, tmp_path: Path) -> None:
 def test_a_block_causal_model(block: Path, tmp_path: Path) -> None:
     words = ("--parts", "rules", "--rules", "threshold=.9,.3", *FEW)
     _, record = bench(block, tmp_path, *words)
-    assert {row["cache"] for row in record["found"]["rules"]["parts"][0]["rows"]} == {"block"}
+    (part,) = record["found"]["rules"]["parts"]
+    assert {row["cache"] for row in part["rows"]} == {"block"} and part["confidence"] is None, (
+        "no halves without quota 1"
+    )
     png = tmp_path / "x.png"
     assert cli.main(["bench", "diffusion", "--draw", str(tmp_path / "x.json"), "--png", str(png)]) == 0
     assert png.read_bytes()[:4] == b"\x89PNG" and len(png.read_bytes()) > 10_000
@@ -108,7 +114,7 @@ def test_forwards_and_positions_are_those_of_the_sampler(served: Served) -> None
     """One token a step takes as many passes as the canvas has places; a pass feeds what its cache leaves to feed."""
     asked, single = served.asked(Group("g", CASES, chat=False), 16), 0
     for cache, rows in (("none", lambda p: 16 * (p + 16)), ("dual", lambda p: 2 * (p + 16) + 14 * 8)):
-        for case, one in enumerate(answers(served, asked, variant(served, "quota=1", cache), 3)):
+        for case, one in enumerate(answers(served, asked, variant(served, "quota=1", cache), 3).samples):
             prompt = len(served.tokenizer.encode(CASES[case].text))
             if one.tokens == 16:  # others ended earlier
                 single += 1
@@ -118,17 +124,38 @@ def test_forwards_and_positions_are_those_of_the_sampler(served: Served) -> None
 
 def test_confidences_are_those_that_the_rule_was_shown(served: Served) -> None:
     asked = served.asked(Group("g", CASES[:1], chat=False), 8)
-    with watching() as seen:
-        (one,) = answers(served, asked, variant(served, "quota=1", "none"), 1, logprobs=True)
-    assert seen.histogram("x").total == sum(range(9 - one.forwards, 9)) and 0 < one.confidence <= 1
-    (again,) = answers(served, asked, variant(served, "quota=1", "none"), 1, logprobs=True)
-    assert again == one and seen.histogram("x").total == sum(range(9 - one.forwards, 9)), "no longer watched"
+    found = answers(served, asked, variant(served, "quota=1", "none"), 1)
+    (one,) = found.samples
+    assert found.histogram is not None and found.histogram.total == sum(range(9 - one.forwards, 9))
+    assert 0 < one.confidence <= 1
+
+
+def test_answers_are_kept(full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured is not measured again; another setting, or another case, is."""
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    served = Served(full, Load("none", "1MiB", 1), kept=Kept([first]))
+    asked, wanted = served.asked(Group("g", CASES, chat=False), 8), variant(served, "quota=2", "dual")
+    found = answers(served, asked, wanted, 2)
+    first.write_bytes(first.read_bytes() + b'{"key": "cut o')
+    served.kept = Kept([first])
+    answers(served, asked, variant(served, "quota=4", "dual"), 2)
+    served.kept = Kept([second, first])
+    monkeypatch.setattr(served, "worker", None)  # no engine can be made
+    assert answers(served, asked, wanted, 4) == found and len(first.read_bytes().splitlines()) == 2
+    answers(served, asked, variant(served, "quota=4", "dual"), 2)
+    assert not second.exists()
+    for other, cases in ((variant(served, "quota=2", "none"), asked), (wanted, asked.first(2))):
+        with pytest.raises(AttributeError):
+            answers(served, cases, other, 2)
+    first.write_bytes(b"[]\n")
+    with pytest.raises(BenchmarkError, match="--samples"):
+        Kept([first])
 
 
 def test_products_are_played_as_they_were(served: Served) -> None:
     asked = served.asked(Group("g", CASES[:2], chat=False), 8)
     with diffusion_products.watching() as seen:
-        found = answers(served, asked, variant(served, "quota=1", "dual"), 2)
+        found = answers(served, asked, variant(served, "quota=1", "dual"), 2).samples
     assert sum(seen.rows) == sum(one.positions for one in found) and len(seen.rows) == max(
         one.forwards for one in found
     )

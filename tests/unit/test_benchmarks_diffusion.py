@@ -21,7 +21,7 @@ from benchmarks.diffusion_figures import Paired, Sample
 from benchmarks.diffusion_options import Options, parse, public
 from benchmarks.diffusion_report import Found, merged, read, tables
 from benchmarks.diffusion_rules import REFERENCE, Swept, compared
-from benchmarks.diffusion_speed import Timed, told
+from benchmarks.diffusion_speed import Cached, Timed, told
 from benchmarks.diffusion_variants import PLAIN, SWEEP, Variant, Wish, matching, variants, wish
 from benchmarks.drafts_engine import Answer, Run
 from benchmarks.drafts_figures import paired
@@ -106,13 +106,18 @@ def options(words: str) -> Options:
 
 def test_the_command_line() -> None:
     plain = options("")
-    assert (plain.task, plain.parts, plain.cases, plain.tokens) == ("worksheet", ("rules", "speed"), 2000, 256)
+    assert (plain.task, plain.parts, plain.cases, plain.tokens) == (
+        "worksheet",
+        ("rules", "caches", "speed"),
+        2000,
+        256,
+    )
     assert plain.batches == (1, 4, 16) and plain.clients == 16 and len(plain.words["rules"]) == len(SWEEP)
     given = options("m --tasks x.jsonl --parts dual,batch --rules quota=1 frechet --cases 3 --caches none,dual")
     assert (given.model, given.task, given.parts, given.cases) == ("m", "x.jsonl", ("dual", "batch"), 3)
     assert given.words["rules"] == (Wish("quota", "", (1.0,)), Wish("frechet")) and given.caches == ("none", "dual")
     quick = options("--quick --tokens 9")
-    assert quick.parts == ("rules", "speed", "batch", "dual") and quick.cases < 20 and quick.tokens == 9
+    assert quick.parts == ("rules", "caches", "speed", "batch", "dual") and quick.cases < 20 and quick.tokens == 9
 
 
 @pytest.mark.parametrize(
@@ -249,14 +254,14 @@ def found_all() -> Found:
     runs = {plain: [run(10, 10.0, 10)], rival: [run(10, 1.0, 5)]}
     compare = Paired({one.title: samples([1, 0], [count, count]) for one, count in ((plain, 10), (rival, 2))})
     rows = tuple(diffusion_rules.row(one, compare, rival.title, one.title) for one in (plain, rival))
-    timed = Timed(rival.title, 2, 64, {1: 4}, rows, tuple(told(runs, plain, 1)))
+    cached, timed = Cached(rival.title, 2, rows), Timed(64, {1: 4}, tuple(told(runs, plain, 1)))
     one = paired([2.0], [1.0])
     batch = Batch(
         *("frechet 0.25", "dual", 16, 100, (2.0,), (1.0,), (0.9,), (0.05,), one, paired([0.9], [1.0])),
         *(paired([0.95], [1.0]), 16, 5, 99.0, 9.0, 1),
         parts={"products": 3.0, "rest": 1.0},
     )
-    return Found(swept, timed, (batch,), dual())
+    return Found(swept, cached, timed, (batch,), dual())
 
 
 def test_tables() -> None:
