@@ -14,8 +14,8 @@ from pathlib import Path
 from benchmarks.diffusion_dual import ALONE, Dual
 from benchmarks.diffusion_figures import frontier
 from benchmarks.diffusion_report import Found
-from benchmarks.diffusion_rules import Part, Swept
-from benchmarks.diffusion_speed import Cached, Timed
+from benchmarks.diffusion_rules import Part, Row, Swept
+from benchmarks.diffusion_speed import Timed
 from benchmarks.report import machine
 from benchmarks.stream import BenchmarkError
 from benchmarks.verifiers_figures import Estimate
@@ -48,7 +48,7 @@ def draw(found: Found, title: str, file: Path) -> None:
     """Write a PNG. Raises BenchmarkError where nothing was measured that can be drawn."""
     panels = list(_panels(found))
     if not panels:
-        raise BenchmarkError("--png: there is nothing to draw; measure rules or dual, or caches and speed")
+        raise BenchmarkError("--png: there is nothing to draw; measure rules or dual, or speed and caches")
     columns = min(len(panels), 2)
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(8 * columns, 0.6 + 5.2 * lines), layout="constrained", dpi=110)
@@ -65,15 +65,16 @@ def draw(found: Found, title: str, file: Path) -> None:
 
 
 def _panels(found: Found) -> Iterable[Panel]:
-    swept, cached, timed, dual = found.rules, found.caches, found.speed, found.dual
+    swept, timed, dual = found.rules, found.speed, found.dual
+    rows = [*(found.caches.rows if found.caches else ()), *(swept.parts[0].rows if swept else ())]
     if swept is not None:
         yield lambda axes: _pareto(axes, swept.parts[0])
         unsure = [one for one in swept.parts if one.name.startswith("unsaturated")]
         for one in unsure:
             yield lambda axes, one=one: _pareto(axes, one)  # type: ignore[misc]
         yield lambda axes: _confidence(axes, swept)
-    if cached is not None and timed is not None:
-        yield lambda axes: _speed(axes, cached, timed)
+    if timed is not None and rows:
+        yield lambda axes: _speed(axes, rows, timed)
     if dual is not None:
         yield lambda axes: _dual(axes, dual)
 
@@ -107,14 +108,14 @@ def _confidence(axes: Axes, swept: Swept) -> None:
     axes.legend(fontsize=8)
 
 
-def _speed(axes: Axes, cached: Cached, timed: Timed) -> None:
-    """At the smallest and the largest load; a line joins the caches of one rule."""
-    right = {(row.variant, row.cache): row.accuracy for row in cached.rows}
+def _speed(axes: Axes, rows: Sequence[Row], timed: Timed) -> None:
+    """At the smallest and the largest load, what the accuracy of is known; a line joins the caches of one rule."""
+    right = {(row.variant, row.cache): row.accuracy for row in rows}
     loads = sorted({one.batch for one in timed.speeds})
     for batch in dict.fromkeys((loads[0], loads[-1])):
         own: dict[str, list[Place]] = {}
         for one in timed.speeds:
-            if one.batch == batch:
+            if one.batch == batch and (one.variant, one.cache) in right:
                 seen = Estimate(statistics.median(one.speeds), min(one.speeds), max(one.speeds))
                 own.setdefault(one.variant, []).append((one.cache, seen, right[one.variant, one.cache]))
         for name, points in own.items():
@@ -122,9 +123,7 @@ def _speed(axes: Axes, cached: Cached, timed: Timed) -> None:
             colour, title = COLOURS.get(rule, "#777777"), f"{name}, {batch} at once"
             _line(axes, points, title, colour, MARKS.get(rule, "o"), "-" if filled else ":", hollow=not filled)
     _logarithmic(axes)
-    _label(
-        axes, f"Accuracy over speed by cache: {cached.cases} cases, up to {timed.tokens} tokens", "tokens per second"
-    )
+    _label(axes, f"Accuracy over speed by cache: answers of up to {timed.tokens} tokens", "tokens per second")
     axes.legend(fontsize=7)
 
 
