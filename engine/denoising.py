@@ -18,10 +18,10 @@ from engine.diffusion import (
     DiffusionSpec,
     RuleCard,
 )
-from engine.errors import ConfigError, InvalidRequest
+from engine.errors import ConfigError, InvalidRequest, shown
 from engine.types import Capacity, ModelInfo, Request
+from engine.verification import knob_names
 
-MAX_SHOWN = 64  # characters of a name that is not known
 _UNWEIGHED = ("trust", "exact")  # verifies that have no threshold
 
 
@@ -85,7 +85,9 @@ def _server_knobs(config: DiffusionConfig, rule: RuleCard) -> tuple[tuple[str, f
     knobs = {knob.name: knob for knob in rule.knobs}
     for name, value in config.knobs.items():
         if name not in knobs:
-            raise ConfigError(f"models.diffusion.knobs.{name}: unknown to {rule.name}, which has {_names(rule)}")
+            raise ConfigError(
+                f"models.diffusion.knobs.{name}: unknown to {rule.name}, which has {knob_names(rule.knobs)}"
+            )
         if problem := knobs[name].problem(value):
             raise ConfigError(f"models.diffusion.knobs.{name}: {problem}, got {value!r}")
     return rule.settle(config.knobs)
@@ -135,7 +137,7 @@ def settle(request: Request, info: ModelInfo, param: str = "prompt") -> Diffusio
     if offer is None:
         first = next((f.name for f in fields(asked) if getattr(asked, f.name) != f.default), None)
         if first is not None:
-            name = _shown(asked.knobs[0][0]) if first == "knobs" and asked.knobs else first
+            name = shown(asked.knobs[0][0]) if first == "knobs" and asked.knobs else first
             raise _refused(name, "does nothing here: this model is autoregressive", supported=False)
         return asked
     _check_types(asked)
@@ -206,8 +208,8 @@ def _given(asked: DiffusionParams, rule: RuleCard, offer: DiffusionInfo) -> dict
         if name not in knobs:
             owners = [other.name for other in offer.rules if any(knob.name == name for knob in other.knobs)]
             hint = f"; it belongs to {' and '.join(owners)}" if owners else ""
-            reason = f"is no knob of the rule {rule.name!r}, which has {_names(rule)}{hint}"
-            raise _refused(_shown(str(name)), reason, supported=False)
+            reason = f"is no knob of the rule {rule.name!r}, which has {knob_names(rule.knobs)}{hint}"
+            raise _refused(shown(str(name)), reason, supported=False)
         if problem := knobs[name].problem(value):
             raise _refused(name, problem)
         if name in given:
@@ -218,7 +220,7 @@ def _given(asked: DiffusionParams, rule: RuleCard, offer: DiffusionInfo) -> dict
 
 def _choice(field: str, name: str, offered: Sequence[str]) -> str:
     if name not in offered:
-        raise _refused(field, f"{_shown(name)!r} is not offered by this model; it has {', '.join(offered)}")
+        raise _refused(field, f"{shown(name)!r} is not offered by this model; it has {', '.join(offered)}")
     return name
 
 
@@ -293,16 +295,6 @@ def _verifying(asked: DiffusionParams, offer: DiffusionInfo) -> DiffusionParams:
         raise _refused("verify_threshold", "must be between 0 and 1")
     threshold = float(threshold) if threshold >= 0 else offer.defaults.verify_threshold
     return replace(asked, drafter_steps=steps, verify=verify, verify_threshold=threshold)
-
-
-def _names(rule: RuleCard) -> str:
-    return ", ".join(knob.name for knob in rule.knobs) or "none"
-
-
-def _shown(name: str) -> str:
-    """A client's word as an error may repeat it: short, and of a kind that every encoding can carry."""
-    name = name if len(name) <= MAX_SHOWN else f"{name[: MAX_SHOWN - 1]}…"
-    return name.encode("utf-8", "replace").decode()
 
 
 def _refused(field: str, reason: str, *, supported: bool = True) -> InvalidRequest:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from engine.verification import Knob
+from engine.verification import Knob, settle_knobs
 
 FULL, BLOCK_CAUSAL = "full", "block_causal"
 CACHES = {FULL: ("none", "prefix", "dual"), BLOCK_CAUSAL: ("block", "dual")}  # the first is exact
@@ -55,8 +55,7 @@ class RuleCard:
 
     def settle(self, given: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
         """All knobs with their values, in declared order; `given` holds only names that are declared."""
-        values = ((knob, given.get(knob.name, knob.default)) for knob in self.knobs)
-        return tuple((knob.name, int(value) if knob.whole else float(value)) for knob, value in values)
+        return settle_knobs(self.knobs, given)
 
 
 @dataclass(frozen=True, slots=True)

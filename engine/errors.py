@@ -6,6 +6,8 @@ retry); `Overloaded` and `EngineDead` are ours (503, worth a retry); `StepFailed
 
 from __future__ import annotations
 
+MAX_SHOWN = 64  # characters of a client's word that an error repeats
+
 
 class SlipstreamError(Exception):
     """Base of every error this package raises on purpose."""
@@ -70,3 +72,9 @@ class DeviceOutOfMemory(SlipstreamError):
 
 class IntegrityError(SlipstreamError, AssertionError):
     """The engine's own books don't add up (a block freed twice, a step out of order): a bug, never a client's fault."""
+
+
+def shown(word: str) -> str:
+    """A client's word as an error may repeat it: short, and of a kind that every encoding can carry."""
+    word = word if len(word) <= MAX_SHOWN else f"{word[: MAX_SHOWN - 1]}…"
+    return word.encode("utf-8", "replace").decode()

@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from engine.config import UNTRAINED_DRAFTERS, VerifierConfig
-from engine.errors import ConfigError, InvalidRequest
+from engine.errors import ConfigError, InvalidRequest, shown
 from engine.types import ModelInfo, SpeculationParams
-from engine.verification import VerifierCard
+from engine.verification import VerifierCard, knob_names
 
 MAX_DRAFT = 1024  # what a request may name; the model's own bound holds too
-MAX_SHOWN = 64  # characters of a name that is not known
 DIGITS = 9  # of bounds: 1 - 0.7 is a little more than 0.3, and must be allowed where 0.3 is
 
 
@@ -60,7 +59,9 @@ def settle_server(config: VerifierConfig, cards: Sequence[VerifierCard]) -> tupl
     knobs = {knob.name: knob for knob in card.knobs}
     for name, value in config.knobs.items():
         if name not in knobs:
-            raise ConfigError(f"models.verifier.knobs.{name}: unknown to {card.name}, which has {_names(card)}")
+            raise ConfigError(
+                f"models.verifier.knobs.{name}: unknown to {card.name}, which has {knob_names(card.knobs)}"
+            )
         if problem := knobs[name].problem(value):
             raise ConfigError(f"models.verifier.knobs.{name}: {problem}, got {value!r}")
     settled = card.settle(config.knobs)
@@ -99,14 +100,14 @@ def _check_without_drafter(asked: SpeculationParams) -> None:
     fields = {"verifier": asked.verifier, first: first, "sample": asked.sample, "thinking_only": asked.thinking_only}
     for name, wish in fields.items():
         if wish:
-            raise _refused(_shown(name), "does nothing here: this model is served without a drafter", supported=False)
+            raise _refused(shown(name), "does nothing here: this model is served without a drafter", supported=False)
 
 
 def _card(name: str, info: ModelInfo) -> VerifierCard:
     card = next((card for card in info.verifiers if card.name == name), None)
     if card is None:
         offered = ", ".join(card.name for card in info.verifiers)
-        raise _refused("verifier", f"{_shown(name)!r} is not offered by this model; it has {offered}")
+        raise _refused("verifier", f"{shown(name)!r} is not offered by this model; it has {offered}")
     return card
 
 
@@ -117,8 +118,8 @@ def _given(asked: SpeculationParams, card: VerifierCard, info: ModelInfo) -> dic
         if name not in knobs:
             owners = [other.name for other in info.verifiers if any(knob.name == name for knob in other.knobs)]
             hint = f"; it belongs to {' and '.join(owners)}" if owners else ""
-            reason = f"is no knob of the verifier {card.name!r}, which has {_names(card)}{hint}"
-            raise _refused(_shown(name), reason, supported=False)
+            reason = f"is no knob of the verifier {card.name!r}, which has {knob_names(card.knobs)}{hint}"
+            raise _refused(shown(name), reason, supported=False)
         if problem := knobs[name].problem(value):
             raise _refused(name, problem)
         if name in given:
@@ -159,16 +160,6 @@ def _check_drawing(asked: SpeculationParams, card: VerifierCard, info: ModelInfo
         raise _refused(
             "sample", f"can't be true: the drafter {info.drafter!r} has no law to draw from", supported=False
         )
-
-
-def _names(card: VerifierCard) -> str:
-    return ", ".join(knob.name for knob in card.knobs) or "none"
-
-
-def _shown(name: str) -> str:
-    """A client's word as an error may repeat it: short, and of a kind that every encoding can carry."""
-    name = name if len(name) <= MAX_SHOWN else f"{name[: MAX_SHOWN - 1]}…"
-    return name.encode("utf-8", "replace").decode()
 
 
 def _refused(field: str, reason: str, *, supported: bool = True) -> InvalidRequest:

@@ -6,7 +6,7 @@ are what requests are checked against.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -35,6 +35,17 @@ class Knob:
         return None
 
 
+def settle_knobs(knobs: Iterable[Knob], given: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    """All knobs with their values, in declared order; `given` holds only names that are declared."""
+    values = ((knob, given.get(knob.name, knob.default)) for knob in knobs)
+    return tuple((knob.name, int(value) if knob.whole else float(value)) for knob, value in values)
+
+
+def knob_names(knobs: Iterable[Knob]) -> str:
+    """Their names, for messages."""
+    return ", ".join(knob.name for knob in knobs) or "none"
+
+
 @dataclass(frozen=True, slots=True)
 class VerifierCard:
     """`lossless` ones keep the target's law whatever is drafted; `exact` ones its very tokens under a seed, too."""
@@ -48,8 +59,7 @@ class VerifierCard:
 
     def settle(self, given: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
         """All knobs with their values, in declared order; `given` holds only names that are declared."""
-        values = ((knob, given.get(knob.name, knob.default)) for knob in self.knobs)
-        return tuple((knob.name, int(value) if knob.whole else float(value)) for knob, value in values)
+        return settle_knobs(self.knobs, given)
 
     def bound(self, values: Mapping[str, float]) -> float:
         """How far a token's law may be from the target's at most, in total variation; 0 is lossless."""

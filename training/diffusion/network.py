@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from training.network import MLP
+
 KeyValue = tuple[torch.Tensor, torch.Tensor]  # [B, heads, T, head_dim] each, keys rotated
 
 
@@ -68,18 +70,6 @@ class Attention(nn.Module):
 
 
 _Attended = tuple[torch.Tensor, KeyValue]
-
-
-class MLP(nn.Module):
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
 
 
 class Layer(nn.Module):
