@@ -7,7 +7,6 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 from engine import denoising, speculation
 from engine.config import EngineConfig
@@ -45,7 +44,6 @@ class EngineCore:
             hash_seed=hash_seed if hash_seed is not None else secrets.token_bytes(16),
             clock=clock,
         )
-        self._drafts = worker.capacity().traits.drafts  # then lookahead is only what may be drafted
         self._drafted = 0  # tokens, up to the last report
         # What a denoised sequence feeds next depends on its result: running ahead would only split the batch in two.
         self._lag = 0 if worker.capacity().traits.denoises else config.scheduler.lag
@@ -75,15 +73,15 @@ class EngineCore:
         """Plan and submit a step, then take in the results that are due. Raises EngineDead (see the class)."""
         began = self._clock()
         plan = self._scheduler.schedule()
+        planned = self._scheduler.planned
         updates, self._refused = self._refused, []
         submitted = self._submit(plan, updates)
         while len(self._in_flight) > (self._lag if submitted and plan.items else 0):
             self._collect(updates)
         self._watch_for_standstill(plan, updates)
-        seconds, stats = self._clock() - began, self.stats()
-        fed = self._tokens(plan) + stats.spec_drafted - self._drafted
-        self._drafted = stats.spec_drafted
-        return StepReport(tuple(updates), replace(stats, step_tokens=fed, step_seconds=seconds))
+        drafted, self._drafted = self._drafted, self._scheduler.drafted
+        stats = self._scheduler.stats(planned + self._drafted - drafted, self._clock() - began)
+        return StepReport(tuple(updates), stats)
 
     def _submit(self, plan: StepPlan, updates: list[SeqUpdate]) -> bool:
         if not (plan.items or plan.dropped or plan.admitted):
@@ -130,11 +128,6 @@ class EngineCore:
         self._idle_rounds = self._idle_rounds + 1 if stuck else 0
         if self._idle_rounds >= MAX_FAILURES:
             raise EngineDead("the scheduler holds requests that it can't run")
-
-    def _tokens(self, plan: StepPlan) -> int:
-        """Positions that a plan feeds, drafts aside; a pending item feeds at least the token it waits for."""
-        fed = sum(len(item.tokens) or int(item.pending) for item in plan.items)
-        return fed if self._drafts else fed + sum(item.lookahead for item in plan.items)
 
     def settle(self) -> None:
         """Call when there is no work left: recounts every block and looks for device state left behind.

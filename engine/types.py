@@ -2,7 +2,8 @@
 
 Lengths and positions are in tokens, times in seconds of `time.monotonic()` (one clock for all processes of a
 machine), token ids are plain ints. Frozen types cross process borders as msgpack (see `cluster/channel.py`),
-so they hold only ints, floats, strings, booleans, None, tuples and other such types.
+so they hold only ints, floats, strings, booleans, None, tuples and other such types. Those that every step makes anew
+are frozen as records are (`engine/records.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
 from engine.diffusion import DiffusionInfo, DiffusionParams, DiffusionReport, DiffusionSpec, RuleCard
+from engine.records import record
 from engine.verification import VerifierCard
 
 
@@ -118,7 +120,7 @@ class Survival:
     patience: int = 32  # so many steps without a draft end in a short one, to see whether times have changed
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Passes:
     """What denoising took. `forwards` are of the served model; `verifies` are among them."""
 
@@ -130,7 +132,14 @@ class Passes:
     draft_positions: int = 0  # of them, by `draft_forwards`
 
     def plus(self, other: Passes) -> Passes:
-        return Passes(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+        return Passes(
+            self.forwards + other.forwards,
+            self.draft_forwards + other.draft_forwards,
+            self.verifies + other.verifies,
+            self.remasked + other.remasked,
+            self.positions + other.positions,
+            self.draft_positions + other.draft_positions,
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -175,10 +184,10 @@ class Sequence:
         """Committed tokens at positions start .. end - 1; costs their number, not the length of the prompt."""
         prompt = self.request.prompt_ids
         size = len(prompt)
-        if end <= size:
-            return prompt[start:end]
         if start >= size:
             return tuple(self.output_ids[start - size : end - size])
+        if end <= size:
+            return prompt[start:end]
         return prompt[start:] + tuple(self.output_ids[: end - size])
 
 
@@ -205,7 +214,7 @@ class DecodeTraits:
         return (self.depth or self.lookahead) if self.drafts else 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Admission:
     """Everything a pipeline needs to hold device state for a request; sent when it starts or starts again."""
 
@@ -213,7 +222,7 @@ class Admission:
     output_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ScheduledSeq:
     """One sequence's share of a step.
 
@@ -231,7 +240,7 @@ class ScheduledSeq:
     pending: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class StepPlan:
     """`dropped` ids lose their device state first, then `admitted` gain it, then `items` run."""
 
@@ -244,7 +253,7 @@ class StepPlan:
 # ---- what a step gives back ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TokenLogprob:
     """Log-probability of one token under the raw distribution; `top` holds the best alternatives, best first."""
 
@@ -254,7 +263,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SeqResult:
     """What a step did for one sequence. `num_computed`: positions whose KV is final and committed.
 
@@ -280,7 +289,7 @@ class SeqResult:
     leaf: bool = False  # of a draft tree: nothing was drafted to follow the accepted tokens
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class StepOutput:
     step: int
     results: tuple[SeqResult, ...]
@@ -332,7 +341,7 @@ class CostTable:
 # ---- what leaves the engine process ----------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SeqUpdate:
     """News of one request after a step; the last one carries `finish`."""
 
@@ -353,7 +362,7 @@ class SeqUpdate:
     passes: Passes | None = None  # of the request so far, where it is denoised
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class VerifierStats:
     """What came of one verifier's rounds; counters are totals since start."""
 
@@ -365,7 +374,7 @@ class VerifierStats:
     bias: float = 0.0  # of these tokens together, see SeqResult
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class EngineStats:
     """Counters are totals since start."""
 
@@ -390,7 +399,7 @@ class EngineStats:
     denoise_committed: int = 0  # tokens
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class StepReport:
     updates: tuple[SeqUpdate, ...]
     stats: EngineStats
@@ -436,7 +445,7 @@ class Phase:
     detail: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Usage:
     prompt_tokens: int
     completion_tokens: int
@@ -459,7 +468,7 @@ class SpeculationReport:
     bias: float = 0.0  # of these tokens together, see SeqResult: no less than the answer's total variation, on average
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TokenEvent:
     """News of one request for its client. Over all events, texts concatenate to the answer.
 

@@ -26,13 +26,15 @@ _CONTRACTS = (
     "engine.protocols",
     "engine.verification",
     "engine.diffusion",
+    "engine.records",
 )
 # Room -> the first-party modules it may import; the longest matching room decides, and a room may import itself.
 # "engine.x." stands for everything in engine.x; without the dot it is that module alone.
 ARROWS: dict[str, tuple[str, ...]] = {
     "server": (*_CONTRACTS, "engine.async_engine", "engine.tokenizer."),
     "engine": (),
-    "engine.types": ("engine.verification", "engine.diffusion"),
+    "engine.types": ("engine.verification", "engine.diffusion", "engine.records"),
+    "engine.records": (),
     "engine.verification": (),
     "engine.diffusion": ("engine.verification",),
     "engine.errors": (),
@@ -112,6 +114,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         (
             *(*_TENSOR_ROOMS, "training.", "benchmarks.agreement", "benchmarks.fusion"),
             *(f"benchmarks.step_{part}" for part in ("cases", "ceilings", "parts")),
+            *("benchmarks.quality", "benchmarks.quality_measures", "benchmarks.performance_limits"),
             "benchmarks.diffusion_products",
         ),
     ),

@@ -7,7 +7,8 @@ its digest) or clean (free, nothing to find). Every operation on a block takes c
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 from engine.errors import IntegrityError
 
@@ -74,6 +75,15 @@ class BlockPool:
     def lookup(self, digest: bytes) -> int | None:
         """The block that holds this content, used or idle."""
         return self._by_digest.get(digest)
+
+    def lookup_chain(self, digests: Sequence[bytes]) -> list[int]:
+        """The blocks of the leading digests that can be found; a lookup each, without Python in between."""
+        found = [*map(self._by_digest.get, digests)]
+        return cast("list[int]", found[: found.index(None)] if None in found else found)
+
+    def count_unused(self, blocks: Sequence[int]) -> int:
+        """How many of these blocks no sequence holds."""
+        return [*map(self._references.__getitem__, blocks)].count(0)
 
     def publish(self, block: int, digest: bytes) -> None:
         """Let a used block be found. The first block with a digest keeps it; a block never changes its own."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+from engine.records import record
 from engine.types import DecodeTraits, ScheduledSeq, Sequence
 
 
-class Share(NamedTuple):
-    """Feed `feed` tokens from position `start`, then write up to `lookahead` positions more."""
+@record
+class Share:
+    """What a sequence would like of a step, or is given: feed `feed` tokens from position `start`, then write up to
+    `lookahead` positions more."""
 
     start: int
     feed: int
@@ -32,7 +33,7 @@ def backlog(seq: Sequence, traits: DecodeTraits) -> int | None:
     and not for sequences that are denoised or can't be chunked: what those feed next depends on the result.
     """
     if not seq.in_flight:
-        return seq.num_tokens - seq.num_computed
+        return len(seq.request.prompt_ids) + len(seq.output_ids) - seq.num_computed
     if not traits.chunkable:
         return None
     if awaits_tokens(seq):
@@ -55,50 +56,48 @@ def reserved(seq: Sequence) -> int:
     return bound
 
 
-class Want(NamedTuple):
-    """What a sequence would like of a step: tokens to feed from `start`, then positions to write past them."""
-
-    start: int
-    todo: int
-    lookahead: int
-
-
 class StepBudget:
-    """Splits `max_batched_tokens` over one step's sequences, which must be offered shares in the order of `wants`.
+    """Splits `max_batched_tokens` over one step's sequences, which must have their turns in the order of `wants`.
 
     Decodes are never starved by prefills: what all of them need is set aside first. Their lookahead shrinks to
     what is left, and to half of that while prompts wait, so that drafting never keeps a prompt out. Prompts get
     the rest, in chunks.
     """
 
-    def __init__(self, total: int, traits: DecodeTraits, wants: list[Want], *, queued: bool) -> None:
+    def __init__(self, total: int, traits: DecodeTraits, wants: list[Share], *, queued: bool) -> None:
         """`wants`: of each running sequence; `queued`: could a waiting one start in this step?"""
         self.left = total
         self._bonus = int(traits.drafts)  # a round commits one token more than it drafts
         self._decode_limit = traits.lookahead + 1  # a longer backlog is a prefill
         self._cap = traits.lookahead
-        decodes = [want for want in wants if want.todo <= self._decode_limit]
-        drafting = sum(want.lookahead > 0 for want in decodes)
-        if drafting:
-            spare = max(0, total - sum(want.todo for want in decodes))
+        decodes = [want for want in wants if want.feed <= self._decode_limit]
+        needed = sum([want.feed for want in decodes])
+        lookaheads = [want.lookahead for want in decodes if want.lookahead] if traits.lookahead else []
+        if lookaheads:
+            spare = max(0, total - needed)
             spare = spare // 2 if queued or len(decodes) < len(wants) else spare
-            if sum(want.lookahead for want in decodes) > spare:
-                self._cap = spare // drafting
-        self._set_aside = min(total, sum(map(self._need, decodes)))
+            if sum(lookaheads) > spare:
+                self._cap = spare // len(lookaheads)
+            needed += sum([min(lookahead, self._cap) for lookahead in lookaheads])
+        self._set_aside = min(total, needed)
 
-    def offer(self, seq: Sequence, want: Want) -> Share | None:
-        """What the sequence may run; None if nothing is left for it."""
-        start, todo = want.start, want.todo
+    def turn(self, seq: Sequence, want: Share) -> Share | None:
+        """The turn of a running sequence: what it may run; None if nothing is left for it."""
+        self.pass_over(want)
+        if not want.lookahead and 0 < want.feed <= self.left - self._set_aside:
+            return want  # nearly all turns
+        return self.offer(seq, want)
+
+    def offer(self, seq: Sequence, want: Share) -> Share | None:
+        """What a sequence may run for which nothing was set aside; None if nothing is left for it."""
+        start, todo = want.start, want.feed
         room = self.left - self._set_aside
         wanted = max(0, min(want.lookahead, self._cap, seq.limit - start - todo - self._bonus))
         feed = min(todo, room)
         lookahead = min(wanted, room - feed)
         return Share(start, feed, lookahead) if feed >= 0 and feed + lookahead > 0 else None
 
-    def visit(self, want: Want) -> None:
-        """A running sequence has its turn: what was set aside for it is free to be spent, by it or others."""
-        if want.todo <= self._decode_limit:
-            self._set_aside = max(0, self._set_aside - self._need(want))
-
-    def _need(self, want: Want) -> int:
-        return want.todo + min(want.lookahead, self._cap)
+    def pass_over(self, want: Share) -> None:
+        """What was set aside for a running sequence is free to be spent, by it or others."""
+        if want.feed <= self._decode_limit:
+            self._set_aside = max(0, self._set_aside - want.feed - min(want.lookahead, self._cap))

@@ -41,37 +41,40 @@ class KVManager:
         usable = seq.num_tokens - 1
         if seq.request.sampling.prompt_logprobs is not None and seq.num_scored < len(seq.request.prompt_ids) - 1:
             usable = seq.num_scored
-        found: list[int] = []
-        for index in range(usable // self.share_size * self._group):
-            block = self.pool.lookup(self._digest(seq, index))
-            if block is None:
-                break
-            found.append(block)
+        most = usable // self.share_size * self._group
+        found = self.pool.lookup_chain(seq.digests[:most])
+        if len(found) == len(seq.digests):  # hash no more than what may be found
+            for index in range(len(found), most):
+                block = self.pool.lookup(self._digest(seq, index))
+                if block is None:
+                    break
+                found.append(block)
         return found[: len(found) // self._group * self._group]
 
     def shortage(self, found: list[int], end: int) -> int:
         """Free blocks that are missing to admit a sequence with these matched blocks up to position `end`."""
-        woken = sum(1 for block in found if self.pool.references(block) == 0)
-        return self._blocks(end) - len(found) + woken - self.pool.num_free
+        return self._blocks(end) - len(found) + self.pool.count_unused(found) - self.pool.num_free
 
     def admit(self, seq: Sequence, found: list[int], end: int) -> None:
         """Give a sequence its matched blocks and fresh ones up to position `end`; there must be no shortage."""
         for block in found:
             self.pool.share(block)
         seq.block_ids.extend(found)
+        seq.block_table = tuple(found)
         seq.num_computed = seq.num_reserved = len(found) * self.block_size
         seq.num_published = len(found)
         self.grow(seq, end)
 
     def grow(self, seq: Sequence, end: int) -> bool:
         """Cover positions 0 .. end - 1. False, and nothing changed, if the pool has too few free blocks."""
-        missing = self._blocks(end) - len(seq.block_ids)
+        held = len(seq.block_ids)
+        if end <= held * self.block_size:  # nearly always
+            return True
+        missing = self._blocks(end) - held
         if missing > self.pool.num_free:
             return False
-        if missing > 0:
-            seq.block_ids.extend(self.pool.take() for _ in range(missing))
-        if len(seq.block_table) != len(seq.block_ids):
-            seq.block_table = tuple(seq.block_ids)
+        seq.block_ids.extend([self.pool.take() for _ in range(missing)])
+        seq.block_table = tuple(seq.block_ids)
         return True
 
     def publish(self, seq: Sequence) -> None:
@@ -79,9 +82,11 @@ class KVManager:
         if not self.prefix_cache:
             return
         full = seq.num_computed // self.share_size * self._group
+        if full <= seq.num_published:
+            return
         for index in range(seq.num_published, full):
             self.pool.publish(seq.block_ids[index], self._digest(seq, index))
-        seq.num_published = max(seq.num_published, full)
+        seq.num_published = full
 
     def withdraw(self, seq: Sequence) -> None:
         """Its KV is in doubt: no block of it, its own or matched, may be found from now on."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from engine.config import SchedulerConfig
-from engine.scheduling.budget import Share, StepBudget, Want, awaits_tokens, backlog
+from engine.scheduling.budget import Share, StepBudget, awaits_tokens, backlog
 from engine.scheduling.drafting import DraftControl
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.roster import Roster
 from engine.scheduling.spans import SpanBudget
 from engine.types import Admission, Capacity, ScheduledSeq, Sequence, SequenceStatus
+
+RUNNING = SequenceStatus.RUNNING  # an enumeration looks its members up by name every time
 
 
 class Planner:
@@ -37,6 +39,7 @@ class Planner:
         self._clock = clock
         self._late: dict[Sequence, None] = {}  # left out of the last step for want of room, in the order of their turn
         self.drafting = DraftControl(capacity)
+        self.fed = 0  # tokens of the last plan, drafts aside
         self.prefix_queries = 0
         self.prefix_hits = 0
 
@@ -47,52 +50,60 @@ class Planner:
         late, self._late = self._late, {}
         ready = self._wants(late)
         budget = self._budget([want for _, want in ready], late)
-        turns = sum(seq in late for seq, _ in ready)
-        enough = self._plan_running(ready[:turns], budget, items)
-        head = self._roster.waiting.head()
-        # A canvas that waits to start takes its turn with those that run: it needs no more memory later, and they
-        # need none. Else a few denoise steps could keep a large one out for as long as they go on.
-        if head in late and self._traits.canvas and enough:
-            self._admit_head(budget, items, admitted)
-        enough = self._plan_running(ready[turns:], budget, items) and enough
+        enough = True
+        if late:
+            turns = sum(seq in late for seq, _ in ready)
+            enough = self._plan_running(ready[:turns], budget, items)
+            # A canvas that waits to start takes its turn with those that run: it needs no more memory later, and they
+            # need none. Else a few denoise steps could keep a large one out for as long as they go on.
+            if enough and self._traits.canvas and self._roster.waiting.head() in late:
+                self._admit_head(budget, items, admitted)
+            ready = ready[turns:]
+        enough = self._plan_running(ready, budget, items) and enough
         while enough and self._admit_head(budget, items, admitted):
             pass
+        self.fed = self._total - budget.left
+        if self._traits.drafts:
+            self.fed -= sum([item.lookahead for item in items])
         return tuple(items), tuple(admitted)
 
-    def _budget(self, wants: list[Want], late: dict[Sequence, None]) -> StepBudget | SpanBudget:
+    def _budget(self, wants: list[Share], late: dict[Sequence, None]) -> StepBudget | SpanBudget:
         if self._traits.denoises:
             return SpanBudget(self._total, self._traits, wants, late)
         queued = len(self._roster.running) < self._max_running and self._roster.waiting.head() is not None
         return StepBudget(self._total, self._traits, wants, queued=queued)
 
-    def _wants(self, late: dict[Sequence, None]) -> list[tuple[Sequence, Want]]:
+    def _wants(self, late: dict[Sequence, None]) -> list[tuple[Sequence, Share]]:
         """What each running sequence would like of this step, late ones first; those that have to wait are left out."""
         running = self._roster.running
         if late:
-            turns = [seq for seq in late if seq.status is SequenceStatus.RUNNING]
+            turns = [seq for seq in late if seq.status is RUNNING]
             running = turns + [seq for seq in running if seq not in late]
-        todos = [(seq, todo) for seq in running if (todo := backlog(seq, self._traits)) is not None]
-        fed = min(self._total, sum(todo for _, todo in todos))
+        traits = self._traits
+        todos = [(seq, todo) for seq in running if (todo := backlog(seq, traits)) is not None]
+        if not traits.lookahead and not traits.denoises:
+            return [(seq, Share(seq.num_reserved, todo, 0)) for seq, todo in todos]
+        fed = min(self._total, sum([todo for _, todo in todos]))
         grants = self.drafting.grants(todos, fed)
-        return [(seq, Want(seq.num_reserved, todo, grant)) for (seq, todo), grant in zip(todos, grants, strict=True)]
+        return [(seq, Share(seq.num_reserved, todo, grant)) for (seq, todo), grant in zip(todos, grants, strict=True)]
 
     def _plan_running(
-        self, ready: list[tuple[Sequence, Want]], budget: StepBudget | SpanBudget, items: list[ScheduledSeq]
+        self, ready: list[tuple[Sequence, Share]], budget: StepBudget | SpanBudget, items: list[ScheduledSeq]
     ) -> bool:
         """Plan those that run already. False if memory was short: then nobody may be admitted in this step."""
         enough = True
         for seq, want in ready:
-            budget.visit(want)
-            if seq.status is not SequenceStatus.RUNNING:  # preempted for one before it
+            if seq.status is not RUNNING:  # preempted for one before it
+                budget.pass_over(want)
                 continue
-            share = budget.offer(seq, want)
+            share = budget.turn(seq, want)
             if share is not None and not self._kv.grow(seq, share.start + share.feed + share.lookahead):
                 enough = False
                 if not self._make_room(seq, share, items):
                     share = None
             if share is not None:
                 items.append(_item(seq, share, budget))
-            elif self._traits.denoises and seq.status is SequenceStatus.RUNNING:
+            elif self._traits.denoises and seq.status is RUNNING:
                 self._late[seq] = None
         return enough
 
@@ -126,7 +137,7 @@ class Planner:
         found = self._kv.match(seq)
         start = len(found) * self._kv.block_size
         lookahead = self.drafting.first(seq)
-        share = budget.offer(seq, Want(start, seq.num_tokens - start, lookahead))
+        share = budget.offer(seq, Share(start, seq.num_tokens - start, lookahead))
         if share is None:
             if self._traits.canvas:
                 self._late[seq] = None
@@ -166,11 +177,11 @@ class Planner:
 
 def _item(seq: Sequence, share: Share, budget: StepBudget | SpanBudget) -> ScheduledSeq:
     """Put a share, whose blocks are there, into the step."""
-    start, feed, lookahead = share
-    pending = awaits_tokens(seq)
-    tokens = () if pending else seq.ids(start, start + feed)
-    item = ScheduledSeq(seq.request.id, start, tokens, lookahead, seq.block_table, pending)
+    start, end = share.start, share.start + share.feed
+    pending = bool(seq.in_flight) and awaits_tokens(seq)
+    tokens = () if pending else seq.ids(start, end)
+    item = ScheduledSeq(seq.request.id, start, tokens, share.lookahead, seq.block_table, pending)
     seq.in_flight.append(item)
-    seq.num_reserved = start + feed + lookahead
-    budget.left -= feed + lookahead
+    seq.num_reserved = end + share.lookahead
+    budget.left -= share.feed + share.lookahead
     return item

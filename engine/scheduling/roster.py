@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from operator import attrgetter
 
 from engine.errors import IntegrityError
@@ -50,17 +50,22 @@ class Roster:
 
     def preempt(self, seq: Sequence) -> None:
         """Stop a running sequence; it gives its blocks back and waits again once nothing of it is in flight."""
-        self.running.remove(seq)
+        self._stop(seq)
         seq.status = SequenceStatus.WAITING
         seq.preemptions += 1
         self.preemptions += 1
         self.leaving.add(seq)
         self.settle(seq)
 
+    def _stop(self, seq: Sequence) -> None:
+        place = bisect_left(self.running, seq.rank, key=by_rank)  # ranks differ
+        assert self.running[place] is seq
+        del self.running[place]
+
     def finish(self, seq: Sequence) -> None:
         """A sequence ends here, wherever it is; its steps in flight are surplus from now on."""
         if seq.status is SequenceStatus.RUNNING:
-            self.running.remove(seq)
+            self._stop(seq)
         self.waiting.discard(seq)
         seq.status = SequenceStatus.FINISHED
         self.leaving.add(seq)

@@ -28,6 +28,8 @@ from engine.types import (
     TokenLogprob,
 )
 
+RUNNING, FINISHED = SequenceStatus.RUNNING, SequenceStatus.FINISHED  # an enumeration looks its members up every time
+
 
 class Scheduler:
     """Continuous batching over a paged KV pool, for any pipeline: it knows the pipeline's traits and nothing else.
@@ -62,6 +64,7 @@ class Scheduler:
             )
         shares = prefix_cache and traits.prefix_cacheable
         self._capacity = capacity
+        self._drafts = traits.drafts
         self._kv = KVManager(capacity.num_blocks, capacity.block_size, hash_seed, prefix_cache=shares, unit=traits.unit)
         self._roster = Roster(self._kv)
         self._planner = Planner(capacity, config, self._kv, self._roster, clock)
@@ -90,7 +93,7 @@ class Scheduler:
     def abort(self, request_id: str) -> bool:
         """End a request now, whatever its state; its results in flight are discarded. False if it isn't alive."""
         seq = self._roster.sequences.get(request_id)
-        if seq is None or seq.status is SequenceStatus.FINISHED:
+        if seq is None or seq.status is FINISHED:
             return False
         self._roster.abort(seq)
         return True
@@ -112,19 +115,19 @@ class Scheduler:
         """Take in what the oldest step in flight did. Raises IntegrityError for any other step."""
         items = self._take_step(output.step)
         self._planner.drafting.settle(items, output)
-        results = {result.request_id: result for result in output.results}
         news = self._roster.take_news()
-        for item in items:
-            seq = self._roster.sequences[item.request_id]
+        sequences = self._roster.sequences
+        for item, result in zip(items, _results_of(items, output), strict=True):
+            seq = sequences[item.request_id]
             seq.in_flight.pop(0)
-            result = results.get(item.request_id)
             if result is not None and result.passes is not None:
                 seq.passes = self._denoised.note(seq, item, result.passes)
-            if seq.status is not SequenceStatus.FINISHED:  # else it is a surplus step, to be discarded
+            if seq.status is not FINISHED:  # else it is a surplus step, to be discarded
                 update = self._commit(seq, item, result)
                 if update is not None:
                     news.append(update)
-            self._roster.settle(seq)
+            if seq.status is not RUNNING:
+                self._roster.settle(seq)
         return tuple(news)
 
     def fail_step(self, step: int, error: str) -> tuple[SeqUpdate, ...]:
@@ -134,13 +137,23 @@ class Scheduler:
         for item in items:
             seq = self._roster.sequences[item.request_id]
             seq.in_flight.pop(0)
-            if seq.status is not SequenceStatus.FINISHED:
+            if seq.status is not FINISHED:
                 news.append(self._fail(seq, error))
             self._roster.settle(seq)
         return tuple(news)
 
-    def stats(self) -> EngineStats:
-        """Counters and levels as they are now; the times of a step are the engine core's to fill in."""
+    @property
+    def planned(self) -> int:
+        """Tokens that the last plan feeds, drafts aside; a pending item feeds at least the token it waits for."""
+        return self._planner.fed
+
+    @property
+    def drafted(self) -> int:
+        """Tokens that were drafted since start."""
+        return self._planner.drafting.drafted
+
+    def stats(self, step_tokens: int = 0, step_seconds: float = 0.0) -> EngineStats:
+        """Counters and levels as they are now; what a step took is the engine core's to say."""
         pool, drafting = self._kv.pool, self._planner.drafting
         return EngineStats(
             steps=self._steps,
@@ -152,6 +165,8 @@ class Scheduler:
             preemptions=self._roster.preemptions,
             prefix_queries=self._planner.prefix_queries,
             prefix_hits=self._planner.prefix_hits,
+            step_tokens=step_tokens,
+            step_seconds=step_seconds,
             spec_rounds=drafting.rounds,
             spec_drafted=drafting.drafted,
             spec_accepted=drafting.accepted,
@@ -182,31 +197,29 @@ class Scheduler:
             return self._fail(seq, "the worker gave no result for this request")
         if result.error is not None:
             return self._fail(seq, result.error)
-        end = stops.Cut(0)
+        tokens: tuple[int, ...] = ()
+        end: stops.Cut | None = None
         if samples(seq, item):
-            self._planner.drafting.observe(seq, item, result)
-            end = stops.cut(seq, result.new_tokens)
-        tokens = result.new_tokens[: end.kept]
-        self._denoised.tokens += len(tokens) if result.passes is not None else 0
-        seq.output_ids.extend(tokens)
-        seq.num_computed = min(result.num_computed, seq.num_tokens)
-        seq.num_reserved = reserved(seq)
-        self._kv.publish(seq)
-        prompt, unit = len(seq.request.prompt_ids), self._capacity.traits.unit
-        if seq.num_computed >= prompt - prompt % unit:  # the tail of a prompt is final with the rest of its block
-            self._roster.waiting.leader_ready(seq)
+            if self._drafts:
+                self._planner.drafting.observe(seq, item, result)
+            tokens, end = result.new_tokens, stops.cut(seq, result.new_tokens)
+            if end is not None:
+                tokens = tokens[: end.kept]
+            seq.output_ids.extend(tokens)
+        self._advance(seq, result, len(tokens))
         scored = _unsent_scores(seq, item, result)
-        if end.finish is not None:
+        if end is not None:
             self._roster.finish(seq)
         elif not tokens and not scored:
             return None
+        kept = len(tokens)
         return SeqUpdate(
-            seq.request.id,
+            item.request_id,
             tokens,
-            None if result.logprobs is None else result.logprobs[: end.kept],
+            None if result.logprobs is None else result.logprobs[:kept],
             scored,
-            end.finish,
-            end.stop_token_id,
+            None if end is None else end.finish,
+            None if end is None else end.stop_token_id,
             None,
             seq.cached_tokens,
             seq.scheduled_at,
@@ -214,15 +227,37 @@ class Scheduler:
             result.drafted,
             result.accepted,
             result.leaf,
-            result.bias[: end.kept],
+            result.bias[:kept],
             None if result.passes is None else seq.passes,
         )
+
+    def _advance(self, seq: Sequence, result: SeqResult, new: int) -> None:
+        """The positions whose KV is final from now on, `new` tokens having been committed: others may find them."""
+        if result.passes is not None:
+            self._denoised.tokens += new
+        request = seq.request
+        prompt = len(request.prompt_ids)
+        seq.num_computed = computed = min(result.num_computed, prompt + len(seq.output_ids))
+        seq.num_reserved = reserved(seq) if seq.in_flight else computed
+        self._kv.publish(seq)
+        if request.group:
+            unit = self._capacity.traits.unit
+            if computed >= prompt - prompt % unit:  # the tail of a prompt is final with the rest of its block
+                self._roster.waiting.leader_ready(seq)
 
     def _fail(self, seq: Sequence, error: str) -> SeqUpdate:
         """End one sequence alone. Its KV is in doubt, so nothing of it may be found in the prefix cache again."""
         self._kv.withdraw(seq)
         self._roster.finish(seq)
         return ending(seq, FinishReason.ERROR, error)
+
+
+def _results_of(items: tuple[ScheduledSeq, ...], output: StepOutput) -> list[SeqResult | None]:
+    """The result of each item; workers answer in the order of the plan, but need not."""
+    if [result.request_id for result in output.results] == [item.request_id for item in items]:
+        return list(output.results)
+    found = {result.request_id: result for result in output.results}
+    return [found.get(item.request_id) for item in items]
 
 
 def _unsent_scores(seq: Sequence, item: ScheduledSeq, result: SeqResult) -> tuple[TokenLogprob, ...] | None:

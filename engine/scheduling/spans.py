@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass, field
 
-from engine.scheduling.budget import Share, Want
+from engine.scheduling.budget import Share
 from engine.types import DecodeTraits, Passes, Request, ScheduledSeq, Sequence
 
 
@@ -49,7 +49,7 @@ def least_budget(traits: DecodeTraits) -> int:
 
 
 class SpanBudget:
-    """Splits `max_batched_tokens` over one step's sequences, which must be offered shares in the order of `wants`.
+    """Splits `max_batched_tokens` over one step's sequences, which must have their turns in the order of `wants`.
 
     What the running denoise steps need is set aside before prompts and whole canvases get the rest: those are
     staggered over the steps that have room for them. Whoever finds no room comes first in the next step, as `late`,
@@ -57,13 +57,13 @@ class SpanBudget:
     each of them fits a step of its own.
     """
 
-    def __init__(self, total: int, traits: DecodeTraits, wants: list[Want], late: Container[Sequence]) -> None:
+    def __init__(self, total: int, traits: DecodeTraits, wants: list[Share], late: Container[Sequence]) -> None:
         self.left = total
         self._traits = traits
         self._late = late
         self._set_aside = min(total, sum(_cost(want) for want in wants if self._steps(want)))
 
-    def offer(self, seq: Sequence, want: Want) -> Share | None:
+    def offer(self, seq: Sequence, want: Share) -> Share | None:
         """What the sequence may run; None if there is no room for it. Prompts may be cut where a block ends.
 
         The last block of committed tokens is never fed without the block behind it: models whose logits predict
@@ -73,23 +73,28 @@ class SpanBudget:
         if seq in self._late:
             room = max(room, min(self.left, self._least(want)))
         if _cost(want) <= room:
-            return Share(want.start, want.todo, want.lookahead)
+            return want
         if self._traits.canvas:
             return None
         unit = self._traits.unit
-        feed = (want.start + min(want.todo - 1, room)) // unit * unit - want.start
+        feed = (want.start + min(want.feed - 1, room)) // unit * unit - want.start
         return Share(want.start, feed, 0) if feed > 0 else None
 
-    def visit(self, want: Want) -> None:
-        """A running sequence has its turn: what was set aside for it is free to be spent, by it or others."""
+    def turn(self, seq: Sequence, want: Share) -> Share | None:
+        """The turn of a running sequence: see `offer`."""
+        self.pass_over(want)
+        return self.offer(seq, want)
+
+    def pass_over(self, want: Share) -> None:
+        """What was set aside for a running sequence is free to be spent, by it or others."""
         if self._steps(want):
             self._set_aside = max(0, self._set_aside - _cost(want))
 
-    def _steps(self, want: Want) -> bool:
+    def _steps(self, want: Share) -> bool:
         """Is this a denoise step of a sequence that is under way, not a prompt or a whole canvas?"""
-        return want.start > 0 if self._traits.canvas else want.todo <= self._traits.unit
+        return want.start > 0 if self._traits.canvas else want.feed <= self._traits.unit
 
-    def _least(self, want: Want) -> int:
+    def _least(self, want: Share) -> int:
         """The smallest share that brings it on."""
         return _cost(want) if self._traits.canvas or self._steps(want) else self._traits.unit
 
@@ -109,5 +114,5 @@ class Denoised:
         return seq.passes.plus(passes)
 
 
-def _cost(want: Want) -> int:
-    return want.todo + want.lookahead
+def _cost(want: Share) -> int:
+    return want.feed + want.lookahead

@@ -9,28 +9,28 @@ from engine.types import Capacity, FinishReason, Request, Sequence
 
 
 class Cut(NamedTuple):
-    """How many of a step's new tokens count, and whether the sequence ends with the last of them."""
+    """The sequence ends with the first `kept` of a step's new tokens."""
 
     kept: int
-    finish: FinishReason | None = None
+    finish: FinishReason
     stop_token_id: int | None = None
 
 
-def cut(seq: Sequence, new_tokens: tuple[int, ...]) -> Cut:
-    """Find the end in the tokens that a sampling step drew. A stop token itself counts; what follows it does not.
+def cut(seq: Sequence, new_tokens: tuple[int, ...]) -> Cut | None:
+    """The end in the tokens that a sampling step drew, or None. A stop token itself counts; what follows it does not.
 
     The first `min_tokens` tokens can't stop a sequence. An id that is end-of-sequence as well as the client's
     stop id counts as end-of-sequence. A stop on the very last token that fits is a stop, not a length.
     """
     room = seq.limit - seq.num_tokens
-    if seq.stop_ids:
+    if not seq.stop_ids.isdisjoint(new_tokens):
         protected = seq.request.sampling.min_tokens - len(seq.output_ids)
         for index, token in enumerate(new_tokens[:room]):
             if token in seq.stop_ids and index >= protected:
                 return Cut(index + 1, FinishReason.STOP, None if token in seq.request.eos_ids else token)
     if len(new_tokens) >= room:
         return Cut(room, FinishReason.LENGTH)
-    return Cut(len(new_tokens))
+    return None
 
 
 def limit(request: Request, capacity: Capacity) -> int:

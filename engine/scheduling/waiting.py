@@ -6,6 +6,8 @@ import heapq
 
 from engine.types import Sequence
 
+SLACK = 64  # entries of the heap that may be out of date, however few are queued
+
 
 class WaitingQueue:
     """Lowest rank first (priority, then arrival). Held followers are not in the queue, so they block nobody.
@@ -21,9 +23,10 @@ class WaitingQueue:
         self._heap: list[tuple[tuple[int, float, int], Sequence]] = []
         self._queued: set[Sequence] = set()  # what left out of order stays in the heap until it comes up
         self._held: dict[str, dict[Sequence, None]] = {}  # by group, for groups whose leader is not ready
+        self._num_held = 0
 
     def __len__(self) -> int:
-        return len(self._queued) + sum(len(held) for held in self._held.values())
+        return len(self._queued) + self._num_held
 
     def __contains__(self, seq: Sequence) -> bool:
         return seq in self._queued or seq in self._held.get(seq.request.group, ())
@@ -36,6 +39,7 @@ class WaitingQueue:
                 self._held.setdefault(request.group, {})
             elif request.group in self._held:
                 self._held[request.group][seq] = None
+                self._num_held += 1
                 return
         self.push(seq)
 
@@ -46,9 +50,10 @@ class WaitingQueue:
 
     def head(self) -> Sequence | None:
         """The sequence to run next, which stays in the queue."""
-        while self._heap and self._heap[0][1] not in self._queued:
-            heapq.heappop(self._heap)
-        return self._heap[0][1] if self._heap else None
+        heap, queued = self._heap, self._queued
+        while heap and heap[0][1] not in queued:
+            heapq.heappop(heap)
+        return heap[0][1] if heap else None
 
     def pop(self) -> Sequence:
         seq = self.head()
@@ -59,14 +64,24 @@ class WaitingQueue:
 
     def discard(self, seq: Sequence) -> None:
         """A sequence ended: forget it if it is here, and let its followers go if it led any."""
-        self._queued.discard(seq)
+        if seq in self._queued:
+            self._queued.discard(seq)
+            self._clear_out()
         held = self._held.get(seq.request.group)
-        if held is not None:
-            held.pop(seq, None)
+        if held is not None and seq in held:
+            del held[seq]
+            self._num_held -= 1
         self.leader_ready(seq)
+
+    def _clear_out(self) -> None:
+        """Forget those that left out of order once they are most of the heap: it would hold on to their prompts."""
+        if len(self._heap) > 2 * len(self._queued) + SLACK:
+            self._heap = [entry for entry in self._heap if entry[1] in self._queued]
+            heapq.heapify(self._heap)
 
     def leader_ready(self, seq: Sequence) -> None:
         """If `seq` leads a group, its followers need not wait for it any longer."""
         if seq.request.choice == 0 and seq.request.group:
             for follower in self._held.pop(seq.request.group, ()):
+                self._num_held -= 1
                 self.push(follower)
