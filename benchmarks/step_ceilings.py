@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.kernels.native_matrix import FORMATS
 from engine.runtime.devices import Placement
-from engine.runtime.linear import PackedLinear
+from engine.runtime.linear import pack_weight
 
 # Bytes of one tensor that memory is measured with, several times any cache.
 _BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
@@ -54,8 +55,8 @@ def _matrix_rate(placement: Placement, turns: int) -> float:
     left = torch.randn(rows, inner, dtype=dtype, device=device)
     right = torch.randn(columns, inner, dtype=dtype, device=device)
     products: list[Callable[[], object]] = [lambda: torch.mm(left, right.T)]
-    if placement.quant == "fp16":
-        packed = PackedLinear(right, None)
+    if placement.quant in FORMATS:
+        packed = pack_weight(right, None, placement.quant)
         products.append(lambda: packed(left))
     seconds = min(_fastest(product, device, turns) for product in products)
     return 2.0 * rows * inner * columns / seconds

@@ -9,7 +9,7 @@ without the gaps in which a device waits for the host.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,6 +21,7 @@ from torch import nn
 from engine.protocols import AttentionBackend, StepAttention
 from engine.runtime.batch import AttentionMode, DeviceBatch
 from engine.runtime.kv_cache import LayerCache
+from engine.runtime.linear import NativeLinear, PackedLinear
 from engine.runtime.runner import ModelRunner
 
 Mark = float | torch.cuda.Event
@@ -111,9 +112,20 @@ class Parts:
 
     def _product(self, layer: nn.Module, x: torch.Tensor, out: torch.Tensor, began: Mark) -> None:
         self._spans.append(("gemm", began, self.mark()))
-        weight, outer = plain_weight(layer), out.shape[-1]
-        self._work.gemm_flops += 2.0 * x.numel() * outer
-        self._work.gemm_bytes += 2.0 * x.shape[-1] * outer if weight is None else weight.nbytes  # packed: 16 bits
+        self._work.gemm_flops += 2.0 * x.numel() * out.shape[-1]
+        self._work.gemm_bytes += bytes_of(layer)
+
+
+def native_split(split: Split, profile: Mapping[str, float], work: Work) -> Split:
+    """What a native program's clock says of a step, which `split` timed from outside; all kinds have their parts.
+
+    `profile` is that of one pass, of its first thread: what that waits for the others is a part of its own, "waiting".
+    """
+    seconds = {kind: value for kind, value in profile.items() if kind != "calls"}
+    gemm = seconds.pop("products") + seconds.pop("head")
+    known = {name: value for name, value in split.parts.items() if name != "rest"}
+    parts = {"gemm": gemm, **seconds, **known}
+    return Split(split.device, {**parts, "rest": max(split.device - sum(parts.values()), 0.0)}, work)
 
 
 def _between(first: Mark, last: Mark) -> float:
@@ -135,6 +147,15 @@ def is_matrix_product(module: nn.Module) -> bool:
 def plain_weight(module: nn.Module) -> torch.Tensor | None:
     """The parameter of that name; None for a layer that keeps its weight in a form of its own."""
     return dict(module.named_parameters(recurse=False)).get("weight")
+
+
+def bytes_of(layer: nn.Module) -> int:
+    """What a product must read of its weights."""
+    if isinstance(layer, NativeLinear | PackedLinear):
+        return layer.packed_bytes
+    weight = plain_weight(layer)
+    assert weight is not None
+    return weight.nbytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,18 @@ from engine.errors import ConfigError
 if TYPE_CHECKING:
     from benchmarks.step import Run
 
-COLOURS = {"gemm": "#4269d0", "attention": "#efb118", "sampling": "#3ca951", "rest": "#9498a0", "host": "#d8dade"}
+COLOURS = {
+    "gemm": "#4269d0",
+    "attention": "#efb118",
+    "norms": "#ff725c",
+    "rope": "#a463f2",
+    "activation": "#97bbf5",
+    "waiting": "#9c6b4e",
+    "other": "#6cc5b0",
+    "sampling": "#3ca951",
+    "rest": "#9498a0",
+    "host": "#d8dade",
+}
 
 
 def draw(run: Run, file: Path) -> None:

@@ -50,7 +50,7 @@ class AsyncEngine:
     """
 
     def __init__(self, config: EngineConfig, *, cache_dir: Path, created: int, worker: str = "") -> None:
-        self._config = config
+        self._config = replace(config, cache_dir=str(cache_dir))
         self._cache_dir = cache_dir
         self._created = created
         self._worker = worker

@@ -17,8 +17,11 @@ from engine.config_values import apply_override, build, show
 from engine.diffusion import BLOCK_LENGTHS, CACHES, MAX_DRAFTER_STEPS, VERIFIES
 from engine.errors import ConfigError
 
-QUANTS = ("auto", "none", "fp16")
+QUANTS = ("auto", "none", "fp16", "int8", "int4", "fp8")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_DTYPES = ("auto", "fp32", "fp16", "fp8_e4m3")
+GRAPHS = ("auto", "off", "eager")
+CACHE_DIR = "~/.cache/slipstream"
 LOAD_FORMATS = ("safetensors", "dummy")
 DIFFUSION_PIPELINES = ("masked_diffusion", "dual_diffusion")
 MAX_CANVAS = 1 << 20  # tokens
@@ -153,9 +156,13 @@ class ModelConfig:
     pipeline: str = "autoregressive"
     device: str = "auto"  # cpu, cuda or cuda:N; auto: cuda where there is one
     dtype: str = "auto"  # of weights, activations and KV; auto: float32 on a CPU, else the checkpoint's own 16 bits
-    # CPU linears: fp16-packed weights with fp32 activations, or none (exact); auto: fp16 on a CPU in float32, else none
+    # Linear layers on a CPU in float32: exact (none), or their weights packed to fp16, int8 or int4 with the output head
+    # in int8; auto: fp16 there, else none
     quant: str = "auto"
     attention: str = "auto"  # a name in registry.ATTENTION; auto: the fastest that runs on the device
+    # Decoding steps on a GPU: captured at the start and launched without waiting for results (auto), not so (off), or
+    # launched so and not captured (eager, for finding faults; any device)
+    graphs: str = "auto"
     load_format: str = "safetensors"  # dummy: random weights of the configuration's shape, to measure with
     # Of the memory that the engine processes of this server may use together, and of its CPU cores where there are
     # several; default: all, and of several models each an even part of what the others leave.
@@ -181,6 +188,7 @@ class ModelConfig:
         _choice("quant", self.quant, QUANTS)
         _choice("dtype", self.dtype, DTYPES)
         _choice("load_format", self.load_format, LOAD_FORMATS)
+        _choice("graphs", self.graphs, GRAPHS)
         known = "auto, cpu, cuda, cuda:N"
         _require(bool(_DEVICE.fullmatch(self.device)), f"models.device: {self.device!r} is not one of {known}")
         _require(0 < self.share <= 1, f"models.memory_share: {self.memory_share} is not in (0, 1]")
@@ -214,12 +222,15 @@ class SchedulerConfig:
 @dataclass(frozen=True, slots=True)
 class KVConfig:
     block_size: int = 16  # tokens per block
+    # auto: the model's; fp16 under weights in int8 or int4. fp32, fp16: for models in float32 on a CPU
+    dtype: str = "auto"
     memory: str = ""  # size of the pool, as "512MiB"; empty: what is free after the weights, at most 4 GiB
     utilization: float = 0.9  # share of the machine's memory that may be used when `memory` is empty
     prefix_cache: bool = True
 
     def __post_init__(self) -> None:
         _require(self.block_size > 0, "kv.block_size: must be above 0")
+        _require(self.dtype in KV_DTYPES, f"kv.dtype: {self.dtype!r} is not one of {', '.join(KV_DTYPES)}")
         _require(0 < self.utilization <= 1, f"kv.utilization: {self.utilization} is not in (0, 1]")
         parse_size(self.memory)
 
@@ -250,6 +261,7 @@ class EngineConfig:
     kv: KVConfig = field(default_factory=KVConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engines: int = 1  # of this server: how many share the machine
+    cache_dir: str = CACHE_DIR  # converted models, packed weights
 
     @property
     def core_share(self) -> float:

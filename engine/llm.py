@@ -94,7 +94,8 @@ class LLM:
         if config is not None and overrides:
             raise ConfigError("give LLM a config or single settings, not both")
         cache = (cache_dir or CACHE_DIR).expanduser()
-        config = settle_draft(config or configure({"path": path, **overrides}), cache, logger.info)
+        config = replace(config or configure({"path": path, **overrides}), cache_dir=str(cache))
+        config = settle_draft(config, cache, logger.info)
         folder = resolve(config.model.path, cache, logger.info)
         spec = find_spec(folder, config.model.diffusion)
         self.tokenizer = Tokenizer.load(folder, mask_id=None if spec is None else spec.mask_id)

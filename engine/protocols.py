@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from engine.diffusion import RuleCard
 from engine.types import Capacity, DecodeTraits, EngineStats, Phase, RequestSummary, StepOutput, StepPlan
@@ -59,6 +59,13 @@ class Pipeline(Protocol):
     def execute(self, plan: StepPlan) -> StepOutput: ...
 
     def num_states(self) -> int: ...
+
+
+@runtime_checkable
+class LaunchingPipeline(Pipeline, Protocol):
+    """One that may launch a step before the one before it has ended."""
+
+    def submit(self, plan: StepPlan) -> StepHandle: ...
 
 
 class PricedPipeline(Pipeline, Protocol):
@@ -318,6 +325,20 @@ class BlockDraftModel(Protocol):
         """
         ...
 
+    @property
+    def block_length(self) -> int:
+        """Tokens that a pass feeds for each sequence: the anchor, and what stands for the draft."""
+        ...
+
+    @property
+    def scratch(self) -> tuple[int, int]:
+        """Blocks of its pool that no sequence owns: the first one, and how many of them a block may take."""
+        ...
+
+    def blocks_of(self, batch: DeviceBatch, scored: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`blocks` of a batch of whole blocks, whose first ids are the anchors; the first `scored` tokens of each."""
+        ...
+
     def refine(self, logits: torch.Tensor, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
         """Logits [n, draft vocabulary] of one position given the tokens [n] before it (ids of the target)."""
         ...
@@ -458,6 +479,18 @@ class Verifier(Protocol):
 
     def verify(self, proposal: DraftProposal, target: TargetRows) -> Verdict:
         """All drafts of one call have one law: Dense where they were drawn, Delta where they were chosen."""
+        ...
+
+
+class PathVerifier(Verifier, Protocol):
+    """One that needs nothing but the target's own tokens: it can say on the host, draft by draft, what `verify` says."""
+
+    def path(self, drafts: Sequence[int], parents: Sequence[int] | None, draws: Sequence[int]) -> list[int]:
+        """Which tokens of a draft stand, in order; `parents` as in `DraftProposal`, of this draft alone.
+
+        draws[0] is the target's token after the last committed one, draws[j + 1] that after drafted token j; -1 where
+        nothing can be drawn. The token that follows the path is the draw after its last token.
+        """
         ...
 
 

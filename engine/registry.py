@@ -16,6 +16,8 @@ PIPELINES = {
     "masked_diffusion": "engine.pipelines.masked_diffusion:MaskedDiffusionPipeline",
     "dual_diffusion": "engine.pipelines.dual_diffusion:DualDiffusionPipeline",
 }
+# Around a pipeline whose steps can be launched before the last one's results are read.
+RUNNING_AHEAD = {"uniform": "engine.pipelines.uniform:UniformPipeline"}
 ATTENTION = {
     "sdpa": "engine.attention.sdpa:SdpaAttention",
     "triton_paged": "engine.attention.triton_paged:TritonPagedAttention",  # what `auto` takes on CUDA devices

@@ -52,7 +52,7 @@ class Metrics:
             num_gpu_blocks=str(info.num_blocks),
             gpu_memory_utilization=f"{self._kv.utilization:g}",
             enable_prefix_caching=str(self._kv.prefix_cache),
-            cache_dtype="auto",
+            cache_dtype=self._kv.dtype,
         ).set(1)
         return _ModelObserver(self._families, model_name, str(engine), info)
 

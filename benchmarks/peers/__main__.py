@@ -92,7 +92,7 @@ def list_all(_arguments: argparse.Namespace, _place: Place) -> int:
     return 0
 
 
-def _venv(text: str) -> tuple[str, Path]:
+def venv_of(text: str) -> tuple[str, Path]:
     name, separator, path = text.partition("=")
     if name not in ENVIRONMENTS or not separator or not (Path(path) / "bin" / "python").exists():
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER of an environment of {', '.join(ENVIRONMENTS)}")
@@ -125,7 +125,9 @@ def parser() -> argparse.ArgumentParser:
     for command in (setup, running):
         command.add_argument("peers", nargs="+", choices=PEERS, metavar="PEER", help=", ".join(PEERS))
         command.add_argument("--folder", type=Path, default=CACHE / "peers", help="of the peers (%(default)s)")
-        command.add_argument("--venv", type=_venv, action="append", default=[], metavar="NAME=FOLDER", help="of yours")
+        command.add_argument(
+            "--venv", type=venv_of, action="append", default=[], metavar="NAME=FOLDER", help="of yours"
+        )
         command.add_argument("--config", type=Path, default=report.ROOT / "configs" / "demo.yaml", help="ours")
         command.add_argument("--cache-dir", type=Path, default=CACHE, help="our server's own setting")
     return made

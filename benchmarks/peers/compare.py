@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,7 +77,8 @@ def blanks(peer: Peer, place: Place, plan: Plan) -> dict[str, str]:
     """What is filled into a peer's command; the port stays open."""
     return {
         "python": str(place.python(peer.environment)),
-        "script": str(Path(__file__).with_name("llamacpp_server.py")),
+        "script": str(Path(__file__).with_name(peer.script)),
+        "folder": str(weights("folder", plan.model, place)),
         "weights": str(weights(peer.weights, plan.model, place)),
         "name": MODEL_NAME,
         "threads": str(plan.threads),
@@ -86,6 +87,12 @@ def blanks(peer: Peer, place: Place, plan: Plan) -> dict[str, str]:
         "slot_context": str(SLOT_CONTEXT),
         "port": "{port}",
     }
+
+
+def filled(peer: Peer, values: Mapping[str, str]) -> list[str]:
+    """The command that starts a peer, its variables first."""
+    parts = (*(("env",) if peer.variables else ()), *peer.variables, *peer.command)
+    return [part.format(**values) for part in parts]
 
 
 def shown(command: Sequence[str], place: Place) -> tuple[str, ...]:
@@ -106,9 +113,7 @@ async def compare(name: str, ours: Resident, place: Place, plan: Plan) -> Pair:
     """Start the peer, measure both in turn, end the peer. Raises BenchmarkError."""
     peer, version = PEERS[name], installed_version(PEERS[name].environment, place)
     values = blanks(peer, place, plan)
-    command = [
-        part.format(**values) for part in (*(("env",) if peer.variables else ()), *peer.variables, *peer.command)
-    ]
+    command = filled(peer, values)
     log = place.folder / f"{name}.log"
     say(f"{name}: starting {' '.join(command)}")
     with resident(command, log, peer.ready_path, plan.timeout) as theirs:

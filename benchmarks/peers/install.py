@@ -15,6 +15,7 @@ from benchmarks.peers.gguf_weights import FORMATS, rewrite
 from benchmarks.stream import BenchmarkError
 from engine.hub.resolve import find_demo, resolve
 
+_BARE: Mapping[Weights, Weights] = {"openvino-gguf": "gguf", "openvino-f16": "f16", "openvino-q8_0": "q8_0"}
 END_FIELDS = ("eos_token_id", "stop_strings")
 
 
@@ -65,6 +66,8 @@ def weights(kind: Weights, model: str, place: Place) -> Path:
         folder = resolve(model, place.cache_dir)
         return folder if kind == "folder" else _endless(folder, place.folder / "weights" / f"{folder.name}-endless")
     source = find_demo() if model == "demo" else Path(model).expanduser()
+    if kind.startswith("openvino-"):
+        return _openvino(kind, weights(_BARE[kind], model, place), place.folder / "weights")
     if source.suffix.lower() != ".gguf":
         raise BenchmarkError(f"llama.cpp reads GGUF files, and the model of this configuration is {model!r}")
     if kind == "gguf":
@@ -75,6 +78,15 @@ def weights(kind: Weights, model: str, place: Place) -> Path:
         say(f"writing {target}")
         target.parent.mkdir(parents=True, exist_ok=True)
         rewrite(source, target, kind)
+    return target
+
+
+def _openvino(kind: Weights, source: Path, folder: Path) -> Path:
+    """The file in a folder of its own: the library puts what it makes of a file beside it."""
+    target = folder / f"{source.stem}-{kind}" / "model.gguf"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        target.symlink_to(source)
     return target
 
 

@@ -1,7 +1,6 @@
 """Attention on the CPU that reads the pool's pages in place, in native code: nothing is gathered or padded.
 
-Where there is no native library, and for what it can't do (another dtype or device, tree masks), the sdpa backend
-takes the step.
+Where there is no native library, and for what it can't do (another dtype or device), the sdpa backend takes the step.
 """
 
 from __future__ import annotations
@@ -66,6 +65,8 @@ class PagedCpuAttention:
             batch.block_size,
             MODES.index(batch.mode.value),
             batch.block_length,
+            None if batch.tree_starts is None else batch.tree_starts.contiguous(),
+            None if batch.tree_masks is None else batch.tree_masks.contiguous(),
         )
         return PagedCpuStep(found, paged, batch)
 

@@ -40,6 +40,7 @@ class SdpaStep:
     groups: list[Group]
     mode: AttentionMode
     block_length: int
+    bounded: bool = False
 
     def attend(
         self,
@@ -70,7 +71,7 @@ class SdpaStep:
             else:
                 visible = tree_visibility(*group.tree, group.query_positions, group.kv_lens, group.size[2], window)
             mask = None
-            if not bool(visible.all()):
+            if self.bounded or not bool(visible.all()):
                 mask = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, float("-inf"))[:, None]
             group.masks[window] = mask
         return group.masks[window]
@@ -83,12 +84,31 @@ class SdpaAttention:
         """Any will do."""
 
     def prepare(self, batch: DeviceBatch) -> SdpaStep:
+        if batch.bounded:
+            return SdpaStep([_bounded_group(batch)], batch.mode, batch.block_length, bounded=True)
         buckets: dict[tuple[int, int], list[int]] = {}
         for index, (query_len, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens_host, strict=True)):
             alone = query_len > MAX_GROUPED_QUERY
             bucket = -index - 1 if alone else max(kv_len - 1, MIN_BUCKET - 1).bit_length()
             buckets.setdefault((query_len, bucket), []).append(index)
         return SdpaStep([_group(batch, members) for members in buckets.values()], batch.mode, batch.block_length)
+
+
+def _bounded_group(batch: DeviceBatch) -> Group:
+    """All sequences of a batch that was made on the device, without a word from the host: as long as they can get."""
+    count, query_len, longest = batch.num_seqs, batch.query_lens[0], batch.kv_lens_host[0]
+    kv_lens = batch.kv_lens.long()
+    keys = torch.arange(longest, device=kv_lens.device)
+    clamped = torch.minimum(keys[None], kv_lens[:, None] - 1)
+    blocks = batch.block_tables.long().gather(1, clamped // batch.block_size)
+    return Group(
+        rows=slice(0, count * query_len),
+        slots=(blocks * batch.block_size + clamped % batch.block_size).flatten(),
+        size=(count, query_len, longest),
+        query_positions=batch.positions.view(count, query_len),
+        kv_lens=kv_lens,
+        masks={},
+    )
 
 
 def _group(batch: DeviceBatch, members: list[int]) -> Group:
@@ -182,7 +202,8 @@ def _attend_group(
     size, length, longest = group.size
     heads, kv_heads = query.shape[1], cache.shape.kv_heads
     fold = heads // kv_heads
-    key, value = cache.split(cache.joint.index_select(0, group.slots).view(size, longest, -1))
+    joint = cache.joint.index_select(0, group.slots).to(query.dtype)  # the pool may hold narrower numbers
+    key, value = cache.split(joint.view(size, longest, -1))
     key, value = key.transpose(1, 2), value.transpose(1, 2)  # [b, kv_heads, L, dim]
     # [b, m, kv_heads, fold, dim] -> [b, kv_heads, fold * m, dim]
     folded = (

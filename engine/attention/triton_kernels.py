@@ -113,7 +113,7 @@ def paged_attention(
     SLOT: tl.constexpr, KEY_HEAD: tl.constexpr, VALUE_HEAD: tl.constexpr, PAGE: tl.constexpr,
     KV_HEADS: tl.constexpr, FOLD: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     MODE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, WORDS: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, FP8: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):
     """One work item and KV head; program i does item i // KV_HEADS.
@@ -139,8 +139,10 @@ def paged_attention(
         sink = tl.load(sinks + heads).to(tl.float32) * 1.4426950408889634
         counted = (tl.load(item + 4) == 0) & valid
         top, total = tl.where(counted, sink, top), tl.where(counted, 1.0, total)
+    if not FP8:
+        q = q.to(key.dtype.element_ty)
     acc, top, total = _attend(
-        q.to(key.dtype.element_ty), top, total, key + head * KEY_HEAD, value + head * VALUE_HEAD,
+        q, top, total, key + head * KEY_HEAD, value + head * VALUE_HEAD,
         block_tables + sequence * table_row, item, kv_len, low, high, start, valid,
         tree_masks + token * WORDS, query_positions + first_token, kv_len - num_tokens, multiplier, inner,
         SLOT, KEY_DIM, VALUE_DIM, PAGE, MODE, WINDOW, SOFTCAP, WORDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_V,
@@ -181,7 +183,7 @@ def _attend(
         # Keys past the bound may never have been written: they are read as 0, for 0 * NaN is NaN.
         written = keys < bound
         slots = _slots(table, tile, bound, PAGE, BLOCK_N).to(tl.int64) * SLOT
-        k = _load_rows(key + slots, written, KEY_DIM, BLOCK_K)
+        k = _load_rows(key + slots, written, KEY_DIM, BLOCK_K).to(q.dtype)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if SOFTCAP:
             score = 1.0 - 2.0 / (tl.exp2(score * inner) + 1.0)
@@ -193,7 +195,7 @@ def _attend(
         weight = tl.exp2(score * multiplier - anchor[:, None])
         fade = tl.exp2(top - anchor)
         total = total * fade + tl.sum(weight, 1)
-        v = _load_rows(value + slots, written, VALUE_DIM, BLOCK_V)
+        v = _load_rows(value + slots, written, VALUE_DIM, BLOCK_V).to(q.dtype)
         acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
         top = highest
     return acc, top, total

@@ -2,7 +2,7 @@
 
 What the kernels need of a step stays on the device (positions, kv lengths, block tables, tree masks), so a step that
 was captured in a CUDA graph runs again over other contents of the same tensors. The host adds a plan (`work.py`), made
-from its upper bounds of the lengths: a step to be captured has the lengths of the longest it will ever see.
+from its upper bounds of the lengths; of a bounded batch the plan is made on the device, too (`device_plan.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from triton.runtime import JITFunction, driver
 
+from engine.attention.device_plan import uniform
 from engine.attention.triton_kernels import merge_splits, paged_attention
+from engine.attention.triton_plan import plan as device_plan
 from engine.attention.work import MAX_SPLITS, Layout, Lengths, Machine, Tile, by_height, padded, plan
 from engine.runtime.batch import AttentionMode, DeviceBatch
 from engine.runtime.kv_cache import LayerCache
@@ -94,7 +96,7 @@ class Launch:
 
 @dataclass(slots=True, eq=False)
 class TritonStep:
-    """See `protocols.StepAttention`. Queries are cast to the pool's type; sums and softmax are fp32."""
+    """See `protocols.StepAttention`. Queries are cast to the pool's type, or fp8 to theirs; softmax and sums are fp32."""
 
     batch: DeviceBatch
     machine: Machine
@@ -114,7 +116,9 @@ class TritonStep:
             query = query.contiguous()
         out = query.new_empty(query.shape[0], query.shape[1], cache.shape.value_dim)
         call = Call(query, cache.key, cache.value, out, scale, window, softcap, sinks)
-        layout = Layout(query.shape[1] // cache.shape.kv_heads, cache.shape, cache.joint.element_size())
+        # Bytes of an element as it is multiplied: numbers of 8 bits are widened.
+        size = max(cache.joint.element_size(), 2)
+        layout = Layout(query.shape[1] // cache.shape.kv_heads, cache.shape, size)
         for launch in self.launches(layout, window):
             launch.run(self.batch, call)
         return out
@@ -123,6 +127,9 @@ class TritonStep:
         """The launches for layers of this layout and window: planned for the first such layer, then kept."""
         key = (layout, window)
         if key not in self._launches:
+            if self.batch.bounded:
+                self._launches[key] = [self._launch_bounded(layout, window)]
+                return self._launches[key]
             if self.batch.positions.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("a step must attend once before it is captured: its plan comes from the host")
             groups = by_height(self.batch.query_lens, layout.fold)
@@ -136,11 +143,23 @@ class TritonStep:
         lengths = Lengths(index, starts, queries[index], torch.tensor(batch.kv_lens_host)[index])
         causal = batch.mode in (AttentionMode.CAUSAL, AttentionMode.BLOCK_CAUSAL)
         made = plan(lengths, layout, self.machine, causal, window)
-        device = batch.positions.device
-        items, merges = to_device((made.items, made.merges), device)
-        size = made.partials, layout.shape.kv_heads, made.tile.block_m
-        partial_out = torch.empty(*size, padded(layout.shape.value_dim), device=device)
-        return Launch(made.tile, items, merges, partial_out, torch.empty(size, device=device))
+        items, merges = to_device((made.items, made.merges), batch.positions.device)
+        return _with_partials(made.tile, items, merges, made.partials, layout)
+
+    def _launch_bounded(self, layout: Layout, window: int | None) -> Launch:
+        """One launch whose plan is made on the device, whenever this runs again."""
+        batch = self.batch
+        causal = batch.mode in (AttentionMode.CAUSAL, AttentionMode.BLOCK_CAUSAL)
+        longest = batch.kv_lens_host[0]
+        known = uniform(batch.num_seqs, batch.query_lens[0], longest, layout, self.machine, causal, window)
+        items, merges = device_plan(batch.kv_lens, known)
+        return _with_partials(known.tile, items, merges, known.capacity, layout)
+
+
+def _with_partials(tile: Tile, items: torch.Tensor, merges: torch.Tensor, partials: int, layout: Layout) -> Launch:
+    size = partials, layout.shape.kv_heads, tile.block_m
+    partial_out = torch.empty(*size, padded(layout.shape.value_dim), device=items.device)
+    return Launch(tile, items, merges, partial_out, torch.empty(size, device=items.device))
 
 
 def _step_arguments(batch: DeviceBatch) -> tuple[torch.Tensor, ...]:
@@ -171,6 +190,7 @@ def _constants(batch: DeviceBatch, call: Call, tile: Tile) -> dict[str, int | bo
         "SOFTCAP": call.softcap is not None,
         "SINKS": call.sinks is not None,
         "WORDS": 0 if batch.tree_masks is None else 2 * batch.tree_masks.shape[1],
+        "FP8": call.key.dtype is torch.float8_e4m3fn,  # read as what it is, multiplied in the query's type
         "PRECISION": "ieee",  # of fp32 products; the others know one
         "BLOCK_N": tile.block_n,
         "BLOCK_K": padded(call.key.shape[2]),

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
-import os
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ import msgspec
 
 import engine
 from engine import errors
-from engine.cluster.channel import FrontChannel
+from engine.cluster.channel import FrontChannel, pair
 from engine.cluster.messages import (
     Boot,
     Check,
@@ -40,8 +38,7 @@ logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 5.0  # from asking a process to leave to killing it
 CHECK_SECONDS = 30.0  # how long `check` waits for the step under way
-LONGEST_PARENT = 70  # bytes of the path around the socket directory; the path of a socket has at most 107
-DRAIN_SECONDS = 0.1  # how long a dead process's last messages may take to come out of the socket
+DRAIN_SECONDS = 1.0  # how long a dead process's last messages may take to come out of the socket
 # -P and the explicit root: the process must import the same package as we did, never one of the current directory.
 _COMMAND = "import sys; sys.path.append(sys.argv[1]); from engine.cluster.process import main; sys.exit(main())"
 _ROOT = str(Path(next(iter(engine.__path__))).resolve().parent)
@@ -57,52 +54,44 @@ class Listeners:
     on_exit: Callable[[SlipstreamError], None]
 
 
-def _socket_directory() -> Path:
-    """A new directory of mode 0700: nobody else may talk to the engine. A long TMPDIR gives way to /tmp."""
-    parent = tempfile.gettempdir()
-    too_long = len(os.fsencode(parent)) > LONGEST_PARENT
-    return Path(tempfile.mkdtemp(prefix="slipstream-", dir="/tmp" if too_long else parent))
-
-
 class EngineClient:
     """One engine process as its parent sees it. Belongs to one event loop."""
 
-    def __init__(
-        self, process: asyncio.subprocess.Process, channel: FrontChannel, directory: Path, listeners: Listeners
-    ) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, listeners: Listeners) -> None:
         self.heard_at = time.monotonic()  # when its last message came; it sends one a second
         self.busy_since: float | None = None  # start of the step it was in at its last heartbeat
         self._process = process
-        self._channel = channel
-        self._directory = directory
+        self._watcher: asyncio.Task[None]
+        self._channel = FrontChannel(self._take)
         self._listeners = listeners
         self._closing = False
         self._fatal: Fatal | None = None
         self._capacity: asyncio.Future[Capacity] = asyncio.get_running_loop().create_future()
         self._checks: dict[int, asyncio.Future[CheckReply]] = {}
         self._tokens = itertools.count()
-        self._watcher = asyncio.create_task(self._watch(), name="engine-process-watch")
 
     @classmethod
     async def launch(cls, config: EngineConfig, worker: str, listeners: Listeners) -> EngineClient:
         """Start a process, which imports `worker` (see Boot) and then waits for `load`."""
-        directory = _socket_directory()
-        channel = None
+        ours, theirs = pair()
+        inherited = theirs.fileno()
         try:
-            channel = FrontChannel(directory)
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-c", _COMMAND, _ROOT),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=2,  # a stray print must not end up in the answer of a command
                 start_new_session=True,  # Ctrl-C in a terminal is the parent's to answer
+                pass_fds=(inherited,),
             )
         except BaseException:
-            if channel is not None:
-                channel.close()
-            shutil.rmtree(directory, ignore_errors=True)
+            ours.close()
             raise
-        client = cls(process, channel, directory, listeners)
-        client._write(Boot(config, worker, str(directory)))
+        finally:
+            theirs.close()
+        client = cls(process, listeners)
+        await client._channel.open(ours)
+        client._watcher = asyncio.create_task(client._watch(), name="engine-process-watch")
+        client._write(Boot(config, worker, inherited))
         return client
 
     @property
@@ -142,7 +131,6 @@ class EngineClient:
                 self._process.kill()
             await asyncio.wait({self._watcher})
             self._channel.close()
-            shutil.rmtree(self._directory, ignore_errors=True)
 
     def _ask_to_leave(self) -> None:
         if self._capacity.done():
@@ -153,10 +141,6 @@ class EngineClient:
     def _write(self, line: Boot | Load) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(line) + b"\n")
-
-    async def _read(self) -> None:
-        while True:
-            self._take(await self._channel.receive())
 
     def _take(self, message: ToFront) -> None:
         self.heard_at = time.monotonic()
@@ -178,23 +162,21 @@ class EngineClient:
                 self._fatal = message
 
     async def _watch(self) -> None:
-        """Read until the process ends, then say why it did."""
-        reader = asyncio.create_task(self._read(), name="engine-process-read")
+        """Wait until the process ends, then say why it did."""
         ended = asyncio.create_task(self._process.wait())
-        await asyncio.wait({reader, ended}, return_when=asyncio.FIRST_COMPLETED)
-        if reader.done():
-            logger.error("the news of the engine process can't be taken in", exc_info=reader.exception())
+        broken = self._channel.broken
+        either: list[asyncio.Future[Exception] | asyncio.Future[int]] = [broken, ended]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if broken.done():
+            logger.error("the news of the engine process can't be taken in", exc_info=broken.result())
             self._process.kill()
         status = await ended
-        reader.cancel()
-        await asyncio.wait({reader})
-        try:
-            while not self._closing and await self._channel.pending(DRAIN_SECONDS):
-                self._take(await self._channel.receive())
-        finally:
-            assert self._process.stdin is not None
-            self._process.stdin.close()
-            self._report_end(self._cause(status))
+        if not self._closing:  # its last words may still be in the socket
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._channel.ended.wait(), DRAIN_SECONDS)
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._report_end(self._cause(status))
 
     def _report_end(self, cause: SlipstreamError) -> None:
         waiting: list[asyncio.Future[Capacity] | asyncio.Future[CheckReply]] = [self._capacity, *self._checks.values()]

@@ -1,12 +1,12 @@
 """What the front process and an engine process say to each other, and how it becomes bytes.
 
-A message is two frames: one kind byte and the msgpack of one dataclass, decoded against its type. Nothing is
-ever unpickled, and a frame that does not fit its type is an error of that message alone.
+A message is one kind byte and the msgpack of one dataclass, decoded against its type. Nothing is ever unpickled, and
+a body that does not fit its type is an error of that message alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ from engine.types import Capacity, Phase, Request, StepReport
 
 
 class MalformedMessage(ValueError):
-    """Frames that are no message: wrong count, unknown kind, or a body that does not fit its type."""
+    """No message: an unknown kind, or a body that does not fit its type."""
 
 
 # ---- before the sockets: two lines of JSON on the child's stdin ------------------------------------------
@@ -27,13 +27,12 @@ class MalformedMessage(ValueError):
 class Boot:
     """First line: enough to import everything while the front process still looks for the checkpoint.
 
-    `worker` is "module:Class", or empty for the registry's own. `directory` holds the sockets; the child removes
-    it when its parent has died.
+    `worker` is "module:Class", or empty for the registry's own. `socket`: the file that the child has inherited.
     """
 
     config: EngineConfig
     worker: str
-    directory: str
+    socket: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,18 +124,16 @@ TO_FRONT = {key: msgspec.msgpack.Decoder(kind) for key, kind in _TO_FRONT.items(
 
 
 def encode(message: ToEngine | ToFront) -> tuple[bytes, bytes]:
-    """The two frames of a message."""
+    """The kind and the body of a message."""
     return _KINDS[type(message)], _ENCODER.encode(message)
 
 
-def decode(frames: Sequence[bytes], table: Mapping[bytes, msgspec.msgpack.Decoder[M]]) -> M:
-    """The message of two frames; `table` is TO_ENGINE or TO_FRONT. Raises MalformedMessage."""
-    if len(frames) != 2:
-        raise MalformedMessage(f"{len(frames)} frames, expected 2")
-    key, body = frames
+def decode(message: tuple[bytes, bytes | memoryview], table: Mapping[bytes, msgspec.msgpack.Decoder[M]]) -> M:
+    """The message of a kind and a body; `table` is TO_ENGINE or TO_FRONT. Raises MalformedMessage."""
+    key, body = message
     decoder = table.get(key)
     if decoder is None:
-        raise MalformedMessage(f"unknown kind {key[:8]!r}")
+        raise MalformedMessage(f"unknown kind {key!r}")
     try:
         return decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

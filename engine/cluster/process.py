@@ -9,8 +9,8 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
-import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn, cast
 import msgspec
 
 from engine.cluster.channel import EngineChannel
-from engine.cluster.memory import peak_memory
+from engine.cluster.memory import calm_collector, peak_memory
 from engine.cluster.messages import Abort, Add, Boot, Check, CheckReply, Fatal, Heartbeat, Load, Ready, Shutdown
 from engine.core import EngineCore
 from engine.errors import IntegrityError
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
+QUIET_SECONDS = 0.5  # without work
 
 
 def main() -> int:
@@ -45,9 +46,8 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s engine: %(name)s: %(message)s")
     stdin = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115  # stays open as long as the process lives
     boot = msgspec.json.decode(stdin.readline(), type=Boot)
-    directory = Path(boot.directory)
     prepare_threads(boot.config)
-    channel = EngineChannel(directory)
+    channel = EngineChannel(socket.socket(fileno=boot.socket))
     pulse = Pulse(channel)
     pulse.start()
     try:
@@ -55,8 +55,8 @@ def main() -> int:
         channel.send(Phase("engine imports", time.monotonic() - began, peak_memory()))
         line = stdin.readline()
         if not line:
-            _leave_orphaned(directory)
-        threading.Thread(target=_exit_with_parent, args=(directory,), daemon=True, name="parent-watch").start()
+            _leave_orphaned()
+        threading.Thread(target=_exit_with_parent, daemon=True, name="parent-watch").start()
         folder = Path(msgspec.json.decode(line, type=Load).folder)
         _run(factory(boot.config, folder, channel.send), boot.config, channel, pulse)
         return 0
@@ -72,6 +72,7 @@ def main() -> int:
 def _run(worker: Worker, config: EngineConfig, channel: EngineChannel, pulse: Pulse) -> None:
     try:
         core = EngineCore(worker, config)
+        calm_collector()
         channel.send(Ready(worker.capacity()))
         serve(core, channel, pulse)
     finally:
@@ -79,9 +80,18 @@ def _run(worker: Worker, config: EngineConfig, channel: EngineChannel, pulse: Pu
 
 
 def serve(core: EngineCore, channel: EngineChannel, pulse: Pulse) -> None:
-    """Take in messages, step while there is work, wait on the socket when there is none; until Shutdown."""
+    """Take in messages, step while there is work, wait on the socket when there is none; until Shutdown.
+
+    The recount of all blocks waits for a real pause: with many of them it would keep the next request waiting.
+    """
+    settled = True
     while True:
-        for message in channel.receive(block=not core.has_work()):
+        idle = not core.has_work()
+        messages = channel.receive(block=idle, seconds=None if settled else QUIET_SECONDS)
+        if idle and not messages and not settled:
+            core.settle()
+            settled = True
+        for message in messages:
             match message:
                 case Add(requests):
                     for request in requests:
@@ -96,8 +106,7 @@ def serve(core: EngineCore, channel: EngineChannel, pulse: Pulse) -> None:
             with pulse:
                 report = core.step()
             channel.send(report)
-            if not core.has_work():
-                core.settle()
+            settled = False
 
 
 def _check(core: EngineCore, token: int) -> CheckReply:
@@ -120,10 +129,8 @@ class Pulse(threading.Thread):
         self._busy_since: float | None = None
 
     def run(self) -> None:
-        sender = self._channel.sender()
         while not self._ended.wait(BEAT_SECONDS):
-            sender.send(Heartbeat(self._steps, self._busy_since))
-        sender.close()
+            self._channel.send(Heartbeat(self._steps, self._busy_since))
 
     def stop(self) -> None:
         self._ended.set()
@@ -155,15 +162,14 @@ def prepare_threads(config: EngineConfig) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(config.parallel.threads))
 
 
-def _exit_with_parent(directory: Path) -> NoReturn:
+def _exit_with_parent() -> NoReturn:
     """Wait for the end of stdin, which is the end of the parent, and leave at once."""
     while os.read(0, 1):
         pass
-    _leave_orphaned(directory)
+    _leave_orphaned()
 
 
-def _leave_orphaned(directory: Path) -> NoReturn:
-    shutil.rmtree(directory, ignore_errors=True)
+def _leave_orphaned() -> NoReturn:
     os._exit(1)
 
 

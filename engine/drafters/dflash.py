@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from engine.drafters.wishes import Wishes
+from engine.kernels.choose import choose
 from engine.protocols import BlockDraftModel, Delta, Dense, DraftAsk, DraftProposal, DraftSampler, Options, Scalar
+
+if TYPE_CHECKING:
+    from engine.runtime.batch import DeviceBatch
 
 LANES = 64  # logits are looked through in pieces of this size: much faster than one by one
 
@@ -64,8 +70,9 @@ class DFlashDrafter:
         walk = self._in_turn if self._model.sequential else self._at_once
         walked = walk(logits, hidden, torch.tensor(anchors, device=logits.device), wishes)
         tokens, device = walked.tokens, logits.device
-        limits = torch.tensor([lengths[index] for index in chosen], device=device)
-        tokens = tokens.masked_fill(torch.arange(tokens.shape[1], device=device) >= limits[:, None], -1)
+        if any([lengths[index] < tokens.shape[1] for index in chosen]):
+            limits = torch.tensor([lengths[index] for index in chosen], device=device)
+            tokens = tokens.masked_fill(torch.arange(tokens.shape[1], device=device) >= limits[:, None], -1)
         place = _Places(len(asks), chosen, device)
         return DraftProposal(
             tokens=place(tokens, -1),
@@ -76,6 +83,26 @@ class DFlashDrafter:
             margins=place(walked.margins, float("-inf")),
             options=None if options is None else Options(place(options[0], 0), place(options[1], float("-inf"))),
         )
+
+    @property
+    def block_length(self) -> int:
+        """See `runtime.uniform_round.DeviceDraft`, and so are the next two."""
+        return self._model.block_length
+
+    @property
+    def spare_blocks(self) -> tuple[int, int]:
+        return self._model.scratch
+
+    def draft_batch(self, batch: DeviceBatch, anchors: torch.Tensor, count: int) -> torch.Tensor:
+        """The likeliest tokens."""
+        logits, hidden = self._model.blocks_of(batch, count)
+        if not self._model.sequential:
+            return self._model.target_ids(best_two(logits)[0])
+        tokens = [anchors]
+        for step in range(count):
+            refined = self._model.refine(logits[:, step], hidden[:, step], tokens[-1])
+            tokens.append(self._model.target_ids(best_two(refined)[0]))
+        return torch.stack(tokens[1:], dim=1)
 
     def _at_once(self, logits: torch.Tensor, hidden: torch.Tensor, before: torch.Tensor, wishes: Wishes) -> Walked:
         """`before` [n] are the anchors."""
@@ -128,6 +155,12 @@ def best_two(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     The distance is 0 where the largest is no number.
     """
+    if logits.is_cpu:
+        found = choose(logits.reshape(-1, logits.shape[-1]), second=True)
+        assert found.second is not None
+        with np.errstate(invalid="ignore"):
+            distances = torch.from_numpy(np.nan_to_num(found.largest - found.second, nan=0.0))
+        return torch.from_numpy(found.tokens).view(logits.shape[:-1]), distances.view(logits.shape[:-1])
     if logits.shape[-1] % LANES:
         logits = F.pad(logits, (0, -logits.shape[-1] % LANES), value=float("-inf"))
     pieces = logits.view(*logits.shape[:-1], -1, LANES)

@@ -10,74 +10,123 @@
 #define SPLIT_KEYS 256 /* shortest split */
 #define MOST_SPLITS 32
 #define ENOUGH_UNITS 16 /* a sequence of many rows is split until it has so many units */
+#define ENOUGH_FEW 4    /* units of few rows per thread; where there are less, each head is one of its own */
 #define PARALLEL_WORK 400000 /* below this, some 15 us of work, no other thread is woken */
-
-typedef struct {
-    int32_t task, split;
-} Unit;
-
-typedef struct {
-    Plan plan;
-    Task *tasks;
-    Unit *units;
-    float *scratch;
-    int64_t num_tasks, num_units, partial_floats, cost;
-    atomic_llong next;
-} Work;
 
 static int64_t heads_of(const Problem *p, const Task *task) { return task->head < 0 ? p->kv_heads : 1; }
 
 /* One split's partial result: values [rows][value_dim], then maxima and sums [rows]. */
 static int64_t partial_width(const Problem *p) { return p->value_dim + 2; }
 
-static void cut(Task *task, int64_t splits) {
-    int64_t span = task->keys.high - task->keys.low, step = task->head < 0 ? FEW_KEYS : TILE_KEYS;
+static void cut_keys(Task *task, int64_t splits) {
+    int64_t span = task->keys.high - task->keys.low, step = task->few ? FEW_KEYS : TILE_KEYS;
     splits = max64(1, min64(splits, MOST_SPLITS));
     task->split_keys = max64(round_up((span + splits - 1) / splits, step), step);
     task->splits = max64(1, (span + task->split_keys - 1) / task->split_keys);
-    atomic_init(&task->remaining, (int)task->splits);
 }
 
-/* The tasks of one sequence, the costliest first; with `tasks` null they are only counted. */
-static int64_t plan_sequence(const Plan *plan, int64_t seq, Task *tasks) {
-    const Problem *p = plan->problem;
-    int64_t rows = (p->starts[seq + 1] - p->starts[seq]) * plan->fold;
-    if (rows <= 0) return 0;
-    int few = rows <= FEW_ROWS;
-    int64_t tiles = few ? 1 : (rows + TILE_ROWS - 1) / TILE_ROWS, count = few ? 1 : tiles * p->kv_heads;
-    int64_t height = few ? rows : round_up((rows + tiles - 1) / tiles, MR);
-    if (!tasks) return count;
-    for (int64_t i = 0; i < count; i++) {
-        Task *task = tasks + i;
-        int64_t tile = few ? 0 : tiles - 1 - i / p->kv_heads;
-        task->seq = seq;
-        task->head = few ? -1 : i % p->kv_heads;
-        task->first_row = tile * height;
-        task->rows = min64(height, rows - task->first_row);
-        task->keys.low = row_range(plan, task, 0).low;
-        task->keys.high = row_range(plan, task, task->rows - 1).high;
-        int64_t span = task->keys.high - task->keys.low;
-        int64_t wanted = (ENOUGH_UNITS + count - 1) / count;
-        cut(task, few ? (span + SPLIT_KEYS - 1) / SPLIT_KEYS : min64(wanted, span / SPLIT_KEYS));
+/* What the rows of a task see together. In a tree a later row may see less than an earlier one. */
+static Range rows_range(const Layer *layer, const Task *task) {
+    Range all = row_range(layer, task, 0), last = row_range(layer, task, task->rows - 1);
+    all.high = last.high;
+    if (layer->problem->mode == TREE)
+        for (int64_t row = 0; row < task->rows; row += layer->fold) {
+            Range seen = row_range(layer, task, row);
+            all = (Range){min64(all.low, seen.low), max64(all.high, seen.high)};
+        }
+    return all;
+}
+
+static void add_task(Plan *plan, const Problem *p, Task task) {
+    int64_t rows = heads_of(p, &task) * task.rows;
+    if (plan->tasks) {
+        Task *to = plan->tasks + plan->num_tasks;
+        *to = task;
+        to->partials = plan->partials + plan->partial_floats;
+        atomic_init(&to->remaining, (int)task.splits);
+        for (int32_t split = 0; split < task.splits; split++)
+            plan->units[plan->num_units + split] = (KeyUnit){(int32_t)plan->num_tasks, split};
     }
-    return count;
+    plan->num_tasks++;
+    plan->num_units += task.splits;
+    if (task.splits > 1) plan->partial_floats += round_up(task.splits * rows * partial_width(p), 16);
+    int64_t products = rows * (task.keys.high - task.keys.low) * (p->key_dim + p->value_dim);
+    plan->products += task.few ? products : products / 2; /* few rows wait for memory */
+}
+
+/* The tasks of one sequence, the costliest first. */
+static void plan_sequence(Plan *plan, const Problem *p, int64_t seq, int few) {
+    int64_t rows = (p->starts[seq + 1] - p->starts[seq]) * plan->fold;
+    if (rows <= 0 || (rows <= FEW_ROWS) != few) return;
+    const Layer layer = {p, plan->fold, plan->value_stride, &plan->stray};
+    int64_t tiles = few ? 1 : (rows + TILE_ROWS - 1) / TILE_ROWS, height = round_up((rows + tiles - 1) / tiles, MR);
+    int64_t heads = few && !plan->by_head ? 1 : p->kv_heads, count = tiles * heads;
+    for (int64_t i = 0; i < count; i++) {
+        Task task = {.seq = seq, .head = few && !plan->by_head ? -1 : i % heads, .few = few};
+        task.first_row = few ? 0 : (tiles - 1 - i / heads) * height;
+        task.rows = few ? rows : min64(height, rows - task.first_row);
+        task.keys = rows_range(&layer, &task);
+        int64_t span = task.keys.high - task.keys.low, wanted = (ENOUGH_UNITS + count - 1) / count;
+        cut_keys(&task, few ? (span + SPLIT_KEYS - 1) / SPLIT_KEYS : min64(wanted, span / SPLIT_KEYS));
+        add_task(plan, p, task);
+    }
+}
+
+/* Many rows come first, so that no thread is left with a long sequence at the end. */
+static void plan_sequences(Plan *plan, const Problem *p) {
+    plan->num_tasks = plan->num_units = plan->partial_floats = plan->products = 0;
+    for (int few = 0; few < 2; few++)
+        for (int64_t seq = 0; seq < p->num_seqs; seq++) plan_sequence(plan, p, seq, few);
 }
 
 /* Rows of results, then what attend_few or attend_tile packs. */
-static int64_t scratch_needed(const Plan *plan) {
-    const Problem *p = plan->problem;
+static int64_t scratch_needed(const Plan *plan, const Problem *p) {
     int64_t few = FEW_ROWS * p->kv_heads, rows = round_up(max64(few, TILE_ROWS), MR);
     int64_t packed = (TILE_KEYS + TILE_ROWS) * p->key_dim + TILE_KEYS * plan->value_stride + MR * TILE_KEYS;
     packed = max64(packed, few * round_up(p->key_dim, W));
     return round_up(rows * (plan->value_stride + 2), 16) + round_up(packed, 16);
 }
 
+/* Whether every sequence's queries lie in the batch, and there is a block to read at all. */
+static int in_bounds(const Problem *p) {
+    for (int64_t seq = 0; seq < p->num_seqs; seq++)
+        if (p->starts[seq] < 0 || p->starts[seq + 1] < p->starts[seq] || p->starts[seq + 1] > p->num_tokens) return 0;
+    return p->num_slots >= p->block_size || p->num_tokens == 0;
+}
+
+static void count_tasks(Plan *plan, const Problem *p, int threads) {
+    *plan = (Plan){.fold = p->heads / p->kv_heads, .value_stride = round_up(p->value_dim, NR)};
+    plan->scratch_floats = scratch_needed(plan, p);
+    plan_sequences(plan, p);
+    plan->by_head = threads > 1 && plan->num_units < ENOUGH_FEW * threads;
+    if (plan->by_head) plan_sequences(plan, p);
+}
+
+int64_t attention_space(const Problem *p, int threads) {
+    Plan plan;
+    if (!in_bounds(p)) return -1;
+    count_tasks(&plan, p, threads);
+    size_t units = sizeof(KeyUnit) * (size_t)plan.num_units, tasks = sizeof(Task) * (size_t)plan.num_tasks;
+    int64_t bytes = 4 * (plan.partial_floats + threads * plan.scratch_floats) + (int64_t)(units + tasks);
+    return round_up(bytes, 64) + 64;
+}
+
+void attention_plan(Plan *plan, const Problem *p, int threads, void *space) {
+    count_tasks(plan, p, threads);
+    plan->scratch = space;
+    plan->partials = plan->scratch + threads * plan->scratch_floats;
+    plan->tasks = (Task *)(plan->partials + plan->partial_floats);
+    plan->units = (KeyUnit *)(plan->tasks + plan->num_tasks);
+    plan_sequences(plan, p);
+}
+
+int attention_stray(const Plan *plan) { return atomic_load(&plan->stray); }
+
 /* Normalise a row and put it where it belongs; a row that saw nothing is 0. */
-static void emit(const Plan *plan, const Task *task, int64_t head, int64_t row, const float *values, float maximum,
-                 float sum) {
-    const Problem *p = plan->problem;
-    int64_t folded = task->first_row + row;
-    int64_t token = p->starts[task->seq] + folded / plan->fold, query_head = head * plan->fold + folded % plan->fold;
+static void emit(const Layer *layer, const Task *task, int64_t row, const float *values, float maximum, float sum) {
+    const Problem *p = layer->problem;
+    int64_t head = task->head < 0 ? row / task->rows : task->head, folded = task->first_row + row % task->rows;
+    int64_t token = p->starts[task->seq] + folded / layer->fold, query_head = head * layer->fold + folded % layer->fold;
     float *out = p->out + (token * p->heads + query_head) * p->value_dim;
     float by = 1.0f;
     if (p->sinks) { /* one more key, which takes weight and gives no value */
@@ -90,8 +139,8 @@ static void emit(const Plan *plan, const Task *task, int64_t head, int64_t row, 
 }
 
 /* Join the splits of a task in their order. */
-static void join(const Plan *plan, Task *task) {
-    const Problem *p = plan->problem;
+static void join_splits(const Layer *layer, const Task *task) {
+    const Problem *p = layer->problem;
     int64_t rows = heads_of(p, task) * task->rows, size = rows * partial_width(p), width = p->value_dim;
     for (int64_t row = 0; row < rows; row++) {
         float *values = task->partials + row * width;
@@ -105,17 +154,16 @@ static void join(const Plan *plan, Task *task) {
             *sum = *sum * mine + sum[split * size] * by;
             *maximum = most;
         }
-        emit(plan, task, task->head < 0 ? row / task->rows : task->head, row % task->rows, values, *maximum, *sum);
+        emit(layer, task, row, values, *maximum, *sum);
     }
 }
 
-static void finish(const Plan *plan, Task *task, int64_t split, const Gathered *done) {
-    const Problem *p = plan->problem;
+static void finish_unit(const Layer *layer, Task *task, int64_t split, const Gathered *done) {
+    const Problem *p = layer->problem;
     int64_t rows = heads_of(p, task) * task->rows, width = p->value_dim;
     if (task->splits == 1) {
         for (int64_t row = 0; row < rows; row++)
-            emit(plan, task, task->head < 0 ? row / task->rows : task->head, row % task->rows,
-                 done->values + row * done->stride, done->maxima[row], done->sums[row]);
+            emit(layer, task, row, done->values + row * done->stride, done->maxima[row], done->sums[row]);
         return;
     }
     float *to = task->partials + split * rows * partial_width(p);
@@ -123,105 +171,54 @@ static void finish(const Plan *plan, Task *task, int64_t split, const Gathered *
         memcpy(to + row * width, done->values + row * done->stride, width * sizeof(float));
     memcpy(to + rows * width, done->maxima, rows * sizeof(float));
     memcpy(to + rows * (width + 1), done->sums, rows * sizeof(float));
-    if (atomic_fetch_sub(&task->remaining, 1) == 1) join(plan, task);
+    if (atomic_fetch_sub(&task->remaining, 1) == 1) {
+        atomic_store(&task->remaining, (int)task->splits);
+        join_splits(layer, task);
+    }
 }
 
-static void run_unit(Work *work, const Unit *unit, float *scratch) {
-    Plan *plan = &work->plan;
-    Task *task = work->tasks + unit->task;
-    int64_t rows = heads_of(plan->problem, task) * task->rows, padded = round_up(rows, MR);
-    Range keys = {task->keys.low + unit->split * task->split_keys, 0};
+static void attend_unit(const Layer *layer, Task *task, int64_t split, float *scratch) {
+    int64_t rows = heads_of(layer->problem, task) * task->rows, padded = round_up(rows, MR);
+    Range keys = {task->keys.low + split * task->split_keys, 0};
     keys.high = min64(keys.low + task->split_keys, task->keys.high);
-    Gathered done = {scratch, 0, 0, plan->value_stride};
+    Gathered done = {scratch, 0, 0, layer->value_stride};
     done.maxima = done.values + padded * done.stride;
     done.sums = done.maxima + padded;
     memset(done.values, 0, padded * done.stride * sizeof(float));
     memset(done.sums, 0, padded * sizeof(float));
     for (int64_t row = 0; row < padded; row++) done.maxima[row] = -INFINITY;
     float *rest = scratch + round_up(padded * (done.stride + 2), 16);
-    if (task->head < 0) attend_few(plan, task, keys, &done, rest);
-    else attend_tile(plan, task, keys, &done, rest);
-    finish(plan, task, unit->split, &done);
+    if (task->few) attend_few(layer, task, keys, &done, rest);
+    else attend_tile(layer, task, keys, &done, rest);
+    finish_unit(layer, task, split, &done);
 }
 
-static void run(Work *work, int64_t thread) {
-    float *scratch = work->scratch + thread * work->plan.scratch_floats;
+void attention_work(Plan *plan, const Problem *problem, atomic_llong *next, int thread) {
+    const Layer layer = {problem, plan->fold, plan->value_stride, &plan->stray};
     for (;;) {
-        int64_t i = atomic_fetch_add(&work->next, 1);
-        if (i >= work->num_units) return;
-        run_unit(work, work->units + i, scratch);
+        int64_t i = atomic_fetch_add(next, 1);
+        if (i >= plan->num_units) return;
+        KeyUnit unit = plan->units[i];
+        attend_unit(&layer, plan->tasks + unit.task, unit.split, plan->scratch + thread * plan->scratch_floats);
     }
-}
-
-/* Sizes of everything; long sequences of many rows come first, so that no thread is left with one at the end. */
-static int make_tasks(Work *work) {
-    const Problem *p = work->plan.problem;
-    for (int64_t seq = 0; seq < p->num_seqs; seq++) work->num_tasks += plan_sequence(&work->plan, seq, 0);
-    work->tasks = malloc(sizeof(Task) * (size_t)(work->num_tasks + 1));
-    if (!work->tasks) return 2;
-    int64_t at = 0;
-    for (int few = 0; few < 2; few++)
-        for (int64_t seq = 0; seq < p->num_seqs; seq++)
-            if (((p->starts[seq + 1] - p->starts[seq]) * work->plan.fold <= FEW_ROWS) == few)
-                at += plan_sequence(&work->plan, seq, work->tasks + at);
-    for (int64_t i = 0; i < at; i++) {
-        const Task *task = work->tasks + i;
-        int64_t rows = heads_of(p, task) * task->rows;
-        work->num_units += task->splits;
-        if (task->splits > 1) work->partial_floats += task->splits * rows * partial_width(p);
-        int64_t products = rows * (task->keys.high - task->keys.low) * (p->key_dim + p->value_dim);
-        work->cost += task->head < 0 ? products : products / 2; /* few rows wait for memory */
-    }
-    return 0;
-}
-
-/* One block of memory: scratch of each thread, partial results, units. */
-static void *make_room(Work *work, int threads) {
-    int64_t scratch = threads * work->plan.scratch_floats, partials = round_up(work->partial_floats, 16);
-    size_t bytes = sizeof(float) * (size_t)(scratch + partials) + sizeof(Unit) * (size_t)(work->num_units + 8);
-    float *room = aligned_alloc(64, (bytes + 63) / 64 * 64);
-    if (!room) return 0;
-    work->scratch = room;
-    float *partial = room + scratch;
-    work->units = (Unit *)(room + scratch + partials);
-    Unit *unit = work->units;
-    for (int64_t i = 0; i < work->num_tasks; i++) {
-        Task *task = work->tasks + i;
-        task->partials = partial;
-        if (task->splits > 1)
-            partial += task->splits * heads_of(work->plan.problem, task) * task->rows * partial_width(work->plan.problem);
-        for (int32_t split = 0; split < task->splits; split++) *unit++ = (Unit){(int32_t)i, split};
-    }
-    return room;
-}
-
-/* Whether every sequence's queries lie in the batch, and there is a block to read at all. */
-static int in_bounds(const Problem *p) {
-    for (int64_t seq = 0; seq < p->num_seqs; seq++)
-        if (p->starts[seq] < 0 || p->starts[seq + 1] < p->starts[seq] || p->starts[seq + 1] > p->num_tokens) return 0;
-    return p->num_slots >= p->block_size || p->num_tokens == 0;
 }
 
 /* 0; 1 if a sequence reaches outside its tokens, its block table or the pool; 2 if there is no memory. */
 EXPORT int paged_attention(const Problem *p) {
-    Work work = {.plan = {.problem = p, .fold = p->heads / p->kv_heads}};
-    if (!in_bounds(p)) return 1;
-    work.plan.value_stride = round_up(p->value_dim, NR);
-    work.plan.scratch_floats = scratch_needed(&work.plan);
-    int failed = make_tasks(&work), threads = p->threads;
-    if (failed) return failed;
-    if (work.cost < PARALLEL_WORK || work.num_units < 2) threads = 1;
-    void *room = make_room(&work, threads);
-    if (room) {
+    Plan plan;
+    atomic_llong next = 0;
+    int64_t bytes = attention_space(p, p->threads);
+    if (bytes < 0) return 1;
+    void *space = aligned_alloc(64, (size_t)bytes);
+    if (!space) return 2;
+    attention_plan(&plan, p, p->threads, space);
 #ifdef _OPENMP
-        if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-            run(&work, omp_get_thread_num());
-        } else
+    if (p->threads > 1 && plan.num_units > 1 && plan.products >= PARALLEL_WORK) {
+#pragma omp parallel num_threads(p->threads)
+        attention_work(&plan, p, &next, omp_get_thread_num());
+    } else
 #endif
-            run(&work, 0);
-    }
-    free(room);
-    free(work.tasks);
-    return room ? atomic_load(&work.plan.stray) : 2;
+        attention_work(&plan, p, &next, 0);
+    free(space);
+    return attention_stray(&plan);
 }

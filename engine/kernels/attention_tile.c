@@ -7,7 +7,7 @@
 /* MR and NR: rows and columns of the block of sums that is kept in registers. */
 
 /* sums[MR][NR] = a [MR][depth] b [depth][NR], plus the old sums times their row's factor if there are factors. */
-INLINE void multiply(const float *a, int64_t a_row, const float *b, int64_t depth, float *sums, int64_t sums_row,
+INLINE void multiply_block(const float *a, int64_t a_row, const float *b, int64_t depth, float *sums, int64_t sums_row,
                      const float *factors) {
     vec c[MR][2];
 #pragma GCC unroll 6
@@ -31,9 +31,11 @@ INLINE void multiply(const float *a, int64_t a_row, const float *b, int64_t dept
     }
 }
 
-INLINE void transpose8(const float *const *from, int64_t offset, float *to) {
+INLINE void transpose8(const char *const *from, int64_t offset, const int half, float *to) {
     __m256 r[8], t[8];
-    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(from[i] + offset);
+    for (int i = 0; i < 8; i++)
+        r[i] = half ? _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from[i] + 2 * offset)))
+                    : _mm256_loadu_ps((const float *)from[i] + offset);
     for (int i = 0; i < 8; i += 2) {
         t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
         t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
@@ -50,81 +52,103 @@ INLINE void transpose8(const float *const *from, int64_t offset, float *to) {
     }
 }
 
+INLINE float element(const char *row, int64_t i, const int half) {
+    return half ? _cvtsh_ss(((const uint16_t *)row)[i]) : ((const float *)row)[i];
+}
+
 /* [keys][width] -> [panel][width][NR]; `rows` is filled up to TILE_KEYS. */
-static void pack_keys(const float *const *rows, int64_t offset, int64_t width, int64_t count, float *to) {
+INLINE void pack_keys(const char *const *rows, int64_t offset, int64_t width, int64_t count, float *to, const int half) {
     for (int64_t panel = 0; panel < count; panel += NR, to += width * NR)
         for (int64_t k = 0; k < NR; k += 8) {
             int64_t i = 0;
-            for (; i + 8 <= width; i += 8) transpose8(rows + panel + k, offset + i, to + i * NR + k);
+            for (; i + 8 <= width; i += 8) transpose8(rows + panel + k, offset + i, half, to + i * NR + k);
             for (; i < width; i++)
-                for (int64_t j = 0; j < 8; j++) to[i * NR + k + j] = rows[panel + k + j][offset + i];
+                for (int64_t j = 0; j < 8; j++) to[i * NR + k + j] = element(rows[panel + k + j], offset + i, half);
         }
 }
 
 /* [keys][width] -> [panel][TILE_KEYS][NR], columns past the width 0 */
-static void pack_values(const float *const *rows, int64_t offset, int64_t width, int64_t count, float *to) {
+INLINE void pack_values(const char *const *rows, int64_t offset, int64_t width, int64_t count, float *to,
+                        const int half) {
     for (int64_t panel = 0; panel < width; panel += NR, to += TILE_KEYS * NR)
         for (int64_t k = 0; k < count; k++)
             for (int64_t i = 0; i < NR; i += W) {
-                const float *from = rows[k] + offset + panel + i;
-                int64_t left = width - panel - i;
-                v_store(to + k * NR + i, left >= W ? v_load(from) : v_load_at(from, v_first(max64(left, 0))));
+                int64_t at = offset + panel + i, left = width - panel - i;
+                vec x = left >= W ? load_entry(rows[k], at, half)
+                        : left > 0 ? load_first(rows[k], at, left, half) : v_zero();
+                v_store(to + k * NR + i, x);
             }
+}
+
+static void pack_step(const Problem *p, const char *const *rows, int64_t head, int64_t count, float *keys,
+                      float *values) {
+    int64_t key_at = head * p->key_dim, value_at = p->kv_heads * p->key_dim + head * p->value_dim;
+    if (p->pool_type) {
+        pack_keys(rows, key_at, p->key_dim, count, keys, 1);
+        pack_values(rows, value_at, p->value_dim, count, values, 1);
+    } else {
+        pack_keys(rows, key_at, p->key_dim, count, keys, 0);
+        pack_values(rows, value_at, p->value_dim, count, values, 0);
+    }
 }
 
 typedef struct {
     float *query, *keys, *values, *scores; /* [rows][key_dim], packed, packed, [MR][TILE_KEYS] */
+    Range seen[TILE_ROWS];                 /* what each row sees */
+    int64_t token[TILE_ROWS];
 } Packed;
 
-/* One step of keys for the MR rows from `row` on, which see `seen`. */
-static void block_step(const Problem *p, const Packed *packed, const Range *seen, int64_t row, int64_t first,
-                       int64_t count, const Gathered *done) {
-    Range all = part_of((Range){seen[0].low, seen[MR - 1].high}, first, count);
+/* One step of keys for the MR rows from `row` on. */
+static void step_of_block(const Problem *p, int64_t seq, const Packed *packed, int64_t row, int64_t first,
+                          int64_t count, const Gathered *done) {
+    const Range *seen = packed->seen + row;
+    Range all = seen[0];
+    for (int r = 1; r < MR; r++) all = (Range){min64(all.low, seen[r].low), max64(all.high, seen[r].high)};
+    all = part_of(all, first, count);
     int64_t low = all.low / NR * NR;
     if (low >= all.high) return;
     float *scores = packed->scores, most[MR], factors[MR];
     Range own[MR];
     for (int64_t k = low; k < all.high; k += NR)
-        multiply(packed->query + row * p->key_dim, p->key_dim, packed->keys + k * p->key_dim, p->key_dim, scores + k,
-                 TILE_KEYS, 0);
+        multiply_block(packed->query + row * p->key_dim, p->key_dim, packed->keys + k * p->key_dim, p->key_dim,
+                       scores + k, TILE_KEYS, 0);
     for (int r = 0; r < MR; r++) {
+        float *from = scores + r * TILE_KEYS + low;
         own[r] = part_of(seen[r], first + low, all.high - low);
-        most[r] = highest(scores + r * TILE_KEYS + low, own[r], p->softcap);
+        cap(from, own[r], p->softcap);
+        hide(p, seq, packed->token[row + r], first + low, own[r], from, -INFINITY);
+        most[r] = highest(from, own[r]);
     }
-    for (int r = 0; r < MR; r++)
-        factors[r] = weigh(scores + r * TILE_KEYS + low, all.high - low, own[r], most[r], done->maxima + row + r,
-                           done->sums + row + r);
+    for (int r = 0; r < MR; r++) {
+        float *from = scores + r * TILE_KEYS + low;
+        factors[r] = weigh(from, all.high - low, own[r], most[r], done->maxima + row + r, done->sums + row + r);
+        hide(p, seq, packed->token[row + r], first + low, own[r], from, 0.0f);
+    }
     float *out = done->values + row * done->stride;
     for (int64_t column = 0; column < done->stride; column += NR)
-        multiply(scores + low, TILE_KEYS, packed->values + column * TILE_KEYS + low * NR, all.high - low, out + column,
-                 done->stride, factors);
+        multiply_block(scores + low, TILE_KEYS, packed->values + column * TILE_KEYS + low * NR, all.high - low,
+                       out + column, done->stride, factors);
 }
 
-void attend_tile(Plan *plan, const Task *task, Range keys, Gathered *done, float *scratch) {
-    const Problem *p = plan->problem;
-    const float *rows[TILE_KEYS];
-    Range seen[TILE_ROWS];
-    int64_t key_at = task->head * p->key_dim;
-    int64_t value_at = p->kv_heads * p->key_dim + task->head * p->value_dim;
+void attend_tile(const Layer *layer, const Task *task, Range keys, Gathered *done, float *scratch) {
+    const Problem *p = layer->problem;
+    const char *rows[TILE_KEYS];
     int64_t padded = round_up(task->rows, MR);
     float by = p->softcap > 0.0f ? p->scale : p->scale * LOG2E;
-    Packed packed;
-    packed.keys = scratch;
-    packed.values = packed.keys + TILE_KEYS * p->key_dim;
+    Packed packed = {.keys = scratch, .values = scratch + TILE_KEYS * p->key_dim};
     packed.scores = packed.values + TILE_KEYS * done->stride;
     packed.query = packed.scores + MR * TILE_KEYS;
     for (int64_t row = 0; row < padded; row++) {
-        const float *from = query_of(plan, task, task->head, row < task->rows ? row : 0);
-        scaled(packed.query + row * p->key_dim, from, by, p->key_dim, 0);
-        seen[row] = row_range(plan, task, min64(row, task->rows - 1));
+        int64_t real = min64(row, task->rows - 1);
+        scaled(packed.query + row * p->key_dim, query_of(layer, task, task->head, real), by, p->key_dim, 0);
+        packed.seen[row] = row_range(layer, task, real);
+        packed.token[row] = token_of(layer, task, real);
     }
     for (int64_t first = keys.low; first < keys.high; first += TILE_KEYS) {
         int64_t count = min64(TILE_KEYS, keys.high - first);
-        pool_rows(plan, task->seq, first, first + count, rows);
+        pool_rows(layer, task->seq, first, first + count, rows);
         for (int64_t k = count; k < TILE_KEYS; k++) rows[k] = rows[0];
-        pack_keys(rows, key_at, p->key_dim, count, packed.keys);
-        pack_values(rows, value_at, p->value_dim, count, packed.values);
-        for (int64_t row = 0; row < padded; row += MR)
-            block_step(p, &packed, seen + row, row, first, count, done);
+        pack_step(p, rows, task->head, count, packed.keys, packed.values);
+        for (int64_t row = 0; row < padded; row += MR) step_of_block(p, task->seq, &packed, row, first, count, done);
     }
 }

@@ -38,10 +38,16 @@ class Variant:
     features: frozenset[str]
 
 
+_BASE, _FLAGS = ("avx2", "fma", "f16c"), ("-mfma", "-mf16c")
 _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 VARIANTS = (  # the best first
-    Variant("avx512", (*(f"-m{name}" for name in _AVX512), "-mfma"), frozenset((*_AVX512, "avx2", "fma"))),
-    Variant("avx2", ("-mavx2", "-mfma"), frozenset(("avx2", "fma"))),
+    Variant(
+        "avx512vnni",
+        (*(f"-m{name}" for name in (*_AVX512, "avx512vnni")), *_FLAGS),
+        frozenset((*_AVX512, "avx512_vnni", *_BASE)),
+    ),
+    Variant("avx512", (*(f"-m{name}" for name in _AVX512), *_FLAGS), frozenset((*_AVX512, *_BASE))),
+    Variant("avx2", ("-mavx2", *_FLAGS), frozenset(_BASE)),
 )
 
 

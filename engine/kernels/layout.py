@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-MODES = ("causal", "block_causal", "bidirectional")  # as the C code numbers them; the values of `AttentionMode`
+MODES = ("causal", "block_causal", "bidirectional", "tree")  # as the C code numbers them; the values of `AttentionMode`
 
 
 class PoolShape(Protocol):
@@ -62,6 +62,8 @@ class PagedBatch:
     block_size: int
     mode: int  # index into MODES
     block_length: int
+    tree_starts: torch.Tensor | None = None  # of mode tree, [T] int32
+    tree_masks: torch.Tensor | None = None  # of mode tree, [T, words] int64
     num_tokens: int = field(init=False)
     fields: tuple[int, ...] = field(init=False)  # addresses and sizes as the C code takes them, for all layers
 
@@ -71,6 +73,16 @@ class PagedBatch:
         assert [tensor.dtype for tensor in tensors] == [torch.int32, torch.int32, torch.int32, torch.int64]
         (num_seqs, table_row), (self.num_tokens,) = self.tables.shape, self.positions.shape
         assert self.kv_lens.shape[0] == num_seqs == self.starts.shape[0] - 1
-        addresses = (tensor.data_ptr() for tensor in tensors)
-        sizes = (table_row, num_seqs, self.num_tokens, self.block_size, self.mode, self.block_length)
-        self.fields = (*addresses, *sizes)
+        trees, words = self._trees()
+        sizes = (table_row, num_seqs, self.num_tokens, self.block_size, self.mode, self.block_length, words)
+        self.fields = (*(tensor.data_ptr() for tensor in tensors), *trees, *sizes)
+
+    def _trees(self) -> tuple[tuple[int, int], int]:
+        """Addresses of tree_starts and tree_masks, and a mask's words."""
+        starts, masks = self.tree_starts, self.tree_masks
+        if MODES[self.mode] != "tree":
+            return (0, 0), 0
+        assert starts is not None and masks is not None and starts.is_contiguous() and masks.is_contiguous()
+        assert starts.dtype is torch.int32 and masks.dtype is torch.int64
+        assert starts.shape == (self.num_tokens,) == masks.shape[:1]
+        return (starts.data_ptr(), masks.data_ptr()), masks.shape[1]

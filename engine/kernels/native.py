@@ -20,8 +20,10 @@ from engine.kernels.reference import ACTIVATIONS
 # The structs of the C files, field for field.
 GATED = Struct("@2P4q2i")
 ADD_NORM = Struct("@4P5q2fi")
-ROPE_WRITE = Struct("@8P13q2f2i")
-ATTENTION = Struct("@4P6q4P9q2fi")
+ROPE_WRITE = Struct("@8P13q2f3i")
+ATTENTION = Struct("@6P7q4P9q2f2i")
+
+POOL_TYPES = {torch.float32: 0, torch.float16: 1}  # what a pool may hold, as the C code numbers it
 
 _KINDS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _Call = Callable[[bytes], int]
@@ -36,6 +38,12 @@ class Library:
     gated_activation: _Call
     head_norm_rope_write: _Call
     paged_attention: _Call
+    matrix_multiply: _Call
+    choose_tokens: _Call
+    choose_noise_of: _Call
+    step_open: Callable[[], int | None]  # the three of native_step: a new state, its end, and a pass
+    step_close: Callable[[int], None]
+    step_run: Callable[[int, bytes], int]
 
 
 def open_library(path: Path) -> Library:
@@ -47,8 +55,23 @@ def open_library(path: Path) -> Library:
         call.argtypes, call.restype = [ctypes.c_char_p], ctypes.c_int
         return call
 
-    names = ("add_rms_norm", "gated_activation", "head_norm_rope_write", "paged_attention")
-    return Library(path, *map(function, names))
+    opened, closed, run = loaded.step_open, loaded.step_close, loaded.step_run
+    opened.argtypes, opened.restype = [], ctypes.c_void_p
+    closed.argtypes, closed.restype = [ctypes.c_void_p], None
+    run.argtypes, run.restype = [ctypes.c_void_p, ctypes.c_char_p], ctypes.c_int
+    return Library(
+        path,
+        function("add_rms_norm"),
+        function("gated_activation"),
+        function("head_norm_rope_write"),
+        function("paged_attention"),
+        function("matrix_multiply"),
+        function("choose_tokens"),
+        function("choose_noise_of"),
+        step_open=opened,
+        step_close=closed,
+        step_run=run,
+    )
 
 
 def fits(x: torch.Tensor) -> bool:
@@ -59,6 +82,17 @@ def fits(x: torch.Tensor) -> bool:
         and x.ndim == 2
         and x.stride()[1] == 1
         and not (x.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def fits_pool(joint: torch.Tensor) -> bool:
+    """A pool in this machine's memory, of a kind that the C code reads, which nobody wants gradients of."""
+    return (
+        joint.dtype in POOL_TYPES
+        and joint.is_cpu
+        and joint.ndim == 2
+        and joint.stride()[1] == 1
+        and not (joint.requires_grad and torch.is_grad_enabled())
     )
 
 
@@ -79,7 +113,7 @@ def fits_rope(
     """Whether the C code can take these."""
     return (
         fits(qkv)
-        and fits(cache.joint)
+        and fits_pool(cache.joint)
         and (cos is None or fits(cos))
         and (sin is None or fits(sin))
         and (layout.query_norm is None or plain(layout.query_norm))
@@ -161,8 +195,8 @@ def head_norm_rope_write(
     assert slots.shape == (rows,) and slots.dtype is torch.int64 and slots.is_contiguous()
     query = torch.empty(rows, heads, key_dim, dtype=torch.float32)
     cos, cos_row, sin, sin_row, rotary = (0, 0, 0, 0, 0) if rope is None else _rope(*rope, rows, key_dim)
-    query_norm, query_norm_width = (0, 0) if layout.query_norm is None else _norm(layout.query_norm, heads * key_dim)
-    key_norm, key_norm_width = (0, 0) if layout.key_norm is None else _norm(layout.key_norm, kv_heads * key_dim)
+    query_norm, query_norm_width = (0, 0) if layout.query_norm is None else _norm(layout.query_norm, heads, key_dim)
+    key_norm, key_norm_width = (0, 0) if layout.key_norm is None else _norm(layout.key_norm, kv_heads, key_dim)
     stray = library.head_norm_rope_write(
         ROPE_WRITE.pack(
             qkv.data_ptr(),
@@ -190,6 +224,7 @@ def head_norm_rope_write(
             layout.offset,
             layout.interleaved,
             torch.get_num_threads(),
+            POOL_TYPES[pool.dtype],
         )
     )
     if stray:
@@ -204,20 +239,20 @@ def _rope(cos: torch.Tensor, sin: torch.Tensor, rows: int, key_dim: int) -> tupl
     return cos.data_ptr(), cos.stride()[0], sin.data_ptr(), sin.stride()[0], rotary
 
 
-def _norm(weight: torch.Tensor, section: int) -> tuple[int, int]:
-    """Address and width of a norm over a section of that many floats."""
+def _norm(weight: torch.Tensor, heads: int, key_dim: int) -> tuple[int, int]:
+    """Address and width of a norm over a section of that many heads: over each of them, or over several together."""
     width = weight.shape[0]
-    assert section % width == 0
+    assert heads * key_dim % width == 0 and width % key_dim == 0
     return weight.data_ptr(), width
 
 
 def fits_attention(query: torch.Tensor, cache: PoolLayer, sinks: torch.Tensor | None) -> bool:
-    """Whether the C code can take these: float32 on the CPU, and nobody wants gradients."""
+    """Whether the C code can take these: float32 on the CPU over a float32 or float16 pool, and nobody wants gradients."""
     return (
         query.dtype is torch.float32
         and query.is_cpu
         and query.stride()[2] == 1
-        and fits(cache.joint)
+        and fits_pool(cache.joint)
         and (sinks is None or plain(sinks))
         and not (torch.is_grad_enabled() and query.requires_grad)
     )
@@ -234,7 +269,7 @@ def paged_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `protocols.StepAttention`. All tensors are in this machine's memory; query, pool and sinks are float32.
+    """See `protocols.StepAttention`. All tensors are in this machine's memory; query and sinks are float32.
 
     Raises IndexError if a sequence reaches outside its tokens, its block table or the pool, and MemoryError.
     """
@@ -263,6 +298,7 @@ def paged_attention(
             window or 0,
             scale,
             softcap or 0.0,
+            POOL_TYPES[pool.dtype],
             torch.get_num_threads(),
         )
     )

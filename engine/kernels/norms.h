@@ -1,4 +1,4 @@
-/* The scale of an RMS norm. */
+/* RMS norms, of a row and of rows after a residual sum. */
 #pragma once
 
 #include "vec.h"
@@ -30,3 +30,31 @@ INLINE void rms_apply(float *out, const float *x, const float *weight, int64_t n
         v_store_at(out + i, last, rest);
     }
 }
+
+/* total = x + residual (which may be total itself), out = its RMS norm. Without a residual the norm is x's own, and
+   total is not touched. */
+INLINE void add_norm_row(float *total, const float *x, const float *residual, float *out, const float *weight,
+                         int64_t width, float eps, float offset) {
+    if (residual) {
+        int64_t i = 0;
+        for (; i + W <= width; i += W) v_store(total + i, v_add(v_load(residual + i), v_load(x + i)));
+        if (i < width) {
+            lanes rest = v_first(width - i);
+            v_store_at(total + i, v_add(v_load_at(residual + i, rest), v_load_at(x + i, rest)), rest);
+        }
+        x = total;
+    }
+    rms_apply(out, x, weight, width, rms_scale(x, width, eps), offset);
+}
+
+/* Mirrored by native.ADD_NORM. Rows are counted in floats; `residual` may be null: then the norm is x's own. */
+typedef struct {
+    const float *x, *weight;
+    float *residual, *out; /* the sum is written into `residual` */
+    int64_t x_row, residual_row, out_row, rows, width;
+    float eps, offset;
+    int32_t threads;
+} AddNorm;
+
+/* Rows [begin, end), by one thread. */
+void add_norm_rows(const AddNorm *a, int64_t begin, int64_t end);

@@ -1,4 +1,4 @@
-"""The kernels of this room, for any device and dtype: C code where it stands and fits, its torch twin elsewhere.
+"""The kernels of this room, for any device and dtype: C code where it stands and fits, Triton's on GPUs, else torch.
 
 Rows may lie apart. Where gradients are wanted the twins serve, so these may stand in models that are trained.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.kernels import native, reference
+from engine.kernels import gpu, native, reference
 from engine.kernels.layout import HeadLayout, PoolLayer
 from engine.kernels.library import library
 
@@ -33,6 +33,8 @@ def add_rms_norm(
         and (found := library()) is not None
     ):
         return native.add_rms_norm(found, x, residual, weight, eps, offset, out)
+    if gpu.fits(x):
+        return gpu.kernels().add_rms_norm(x, residual, weight, eps, offset, out)
     return reference.add_rms_norm(x, residual, weight, eps, offset, out)
 
 
@@ -54,6 +56,8 @@ def head_norm_rope_write(
     if native.fits_rope(qkv, cos, sin, cache, layout) and (found := library()) is not None:
         rope = None if cos is None or sin is None else (cos, sin)
         return native.head_norm_rope_write(found, qkv, rope, slots, cache, layout)
+    if gpu.fits_heads(qkv, cos, cache, layout):
+        return gpu.kernels().head_norm_rope_write(qkv, cos, sin, slots, cache, layout)
     return reference.head_norm_rope_write(qkv, cos, sin, slots, cache, layout)
 
 
@@ -61,4 +65,6 @@ def gated_activation(gate_up: torch.Tensor, kind: str, out: torch.Tensor | None 
     """act(gate) * up: gate_up [T, 2 * m], gate first -> [T, m]. `kind` is one of `reference.ACTIVATIONS`."""
     if native.fits(gate_up) and (out is None or native.fits(out)) and (found := library()) is not None:
         return native.gated_activation(found, gate_up, kind, out)
+    if gpu.fits(gate_up, gate_up.shape[-1]):
+        return gpu.kernels().gated_activation(gate_up, kind, out)
     return reference.gated_activation(gate_up, kind, out)

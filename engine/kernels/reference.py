@@ -49,9 +49,30 @@ def head_norm_rope_write(
     if cos is not None and sin is not None:
         query = rotate(query, cos, sin, layout.interleaved)
         key = rotate(key, cos, sin, layout.interleaved)
-    joint = torch.cat((key.flatten(1), value), dim=-1).to(cache.joint.dtype)
-    cache.joint.index_copy_(0, slots, joint)
+    joint = torch.cat((key.flatten(1), value), dim=-1)
+    put_rows(cache.joint, slots, joint)
     return query.contiguous()
+
+
+def put_rows(pool: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
+    """Store `rows` [T, n], rounded to the pool's dtype, as its rows `slots` [T]."""
+    as_bytes(pool).index_copy_(0, slots, as_bytes(rounded_to(rows, pool.dtype)))
+
+
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
+    """x, or its bytes where its dtype has one: torch moves few things of fp8."""
+    return x.view(torch.uint8) if x.dtype is torch.float8_e4m3fn else x
+
+
+def rounded_to(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in a pool's dtype. Finite numbers beyond float16 become its largest; infinity and NaN stay what they are.
+
+    An infinite key would carry NaN into all later tokens; a capped one is a far outlier still.
+    """
+    if dtype in (torch.float16, torch.float8_e4m3fn) and x.dtype is not dtype:
+        largest = torch.finfo(dtype).max
+        x = torch.where(x.isinf(), x, x.clamp(-largest, largest))
+    return x.to(dtype)
 
 
 def _norm_section(section: torch.Tensor, weight: torch.Tensor | None, layout: HeadLayout) -> torch.Tensor:
@@ -109,15 +130,16 @@ def paged_attention(
         rows = slice(starts[seq], starts[seq + 1])
         keys = torch.arange(length)
         slots = batch.tables[seq].long()[keys // batch.block_size] * batch.block_size + keys % batch.block_size
-        joint = _wide(cache.joint[slots])
+        wide = _wide(query[rows])
+        joint = cache.joint[slots].to(wide.dtype)
         cut = shape.kv_heads * shape.key_dim
         fold = query.shape[1] // shape.kv_heads
         key = joint[:, :cut].unflatten(-1, (shape.kv_heads, -1)).repeat_interleave(fold, dim=1)
         value = joint[:, cut:].unflatten(-1, (shape.kv_heads, -1)).repeat_interleave(fold, dim=1)
-        scores = torch.einsum("mhd,lhd->hml", _wide(query[rows]), key) * scale
+        scores = torch.einsum("mhd,lhd->hml", wide, key) * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
-        scores = scores.masked_fill(~_visible(batch, batch.positions[rows, None], keys, window), float("-inf"))
+        scores = scores.masked_fill(~_visible(batch, rows, keys, window), float("-inf"))
         if sinks is not None:
             extra = sinks.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)
             weights = torch.cat((scores, extra), dim=-1).softmax(-1)[..., :-1]
@@ -131,14 +153,25 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype is torch.float64 else x.float()
 
 
-def _visible(batch: PagedBatch, positions: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
-    """[m, L] for query positions [m, 1] and keys [L]."""
-    mode = MODES[batch.mode]
-    seen = torch.ones_like(positions - keys, dtype=torch.bool)
-    if mode == "causal":
+def _visible(batch: PagedBatch, rows: slice, keys: torch.Tensor, window: int | None) -> torch.Tensor:
+    """[m, L] for the m queries of a sequence and its keys [L]."""
+    mode, positions = MODES[batch.mode], batch.positions[rows, None]
+    places = keys.expand(positions.shape[0], -1)  # where keys lie, for windows
+    if mode == "tree":
+        assert batch.tree_starts is not None and batch.tree_masks is not None
+        masks, nodes = batch.tree_masks[rows], keys - batch.tree_starts[rows, None]
+        bits = masks.gather(1, (nodes // 64).clamp(0, masks.shape[1] - 1)) >> (nodes % 64) & 1
+        seen = (nodes < 0) | (nodes < 64 * masks.shape[1]) & bits.bool()
+        fed = positions.shape[0]  # the last keys
+        places = torch.cat((places[:, : keys.shape[0] - fed], positions.T.expand(fed, -1)), dim=1)
+    elif mode == "causal":
         seen = keys <= positions
     elif mode == "block_causal":
         seen = keys // batch.block_length <= positions // batch.block_length
+    else:
+        seen = torch.ones_like(places, dtype=torch.bool)
     if window is not None:
-        seen = seen & (keys > positions - window) & (keys < positions + window)
+        seen = seen & (places > positions - window)
+        if mode in ("block_causal", "bidirectional"):
+            seen = seen & (places < positions + window)
     return seen

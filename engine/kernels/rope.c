@@ -1,88 +1,121 @@
-/* From a merged query/key/value product to normed and rotated queries, and keys and values in the pool. */
+/* Norm and rotation of rows, and their way into the pool. */
 #include <stdatomic.h>
 #include <string.h>
 
 #include "norms.h"
+#include "rope.h"
 #include "rows.h"
 
-/* Mirrored by native.ROPE_WRITE. Rows are counted in floats. */
+/* One head of a row: its numbers, its part of a norm's weight (or null), and that norm's scale. */
 typedef struct {
-    const float *qkv, *cos, *sin; /* cos and sin may be null with rotary = 0 */
-    const float *query_norm, *key_norm; /* or null */
-    const int64_t *slots;
-    float *query, *pool;
-    int64_t qkv_row, cos_row, sin_row, pool_row, rows, num_slots;
-    int64_t heads, kv_heads, key_dim, value_dim, rotary;
-    int64_t query_norm_width, key_norm_width; /* what one norm is taken over */
-    float eps, offset;
-    int32_t interleaved, threads;
-} RopeWrite;
+    const float *in, *norm;
+    float scale, offset;
+} RopeHead;
+
+/* The n first lanes of W numbers from i on, normed. */
+INLINE vec rope_load(const RopeHead *head, int64_t i, int64_t n) {
+    lanes m = v_first(n);
+    vec x = n >= W ? v_load(head->in + i) : v_load_at(head->in + i, m);
+    if (!head->norm) return x;
+    vec weight = n >= W ? v_load(head->norm + i) : v_load_at(head->norm + i, m);
+    return v_mul(v_mul(x, v_set(head->scale)), v_add(weight, v_set(head->offset)));
+}
+
+INLINE vec rope_factor(const float *table, int64_t i, int64_t n) {
+    return n >= W ? v_load(table + i) : v_load_at(table + i, v_first(n));
+}
+
+/* A finite number beyond the largest half becomes that, not infinity, which one key would carry into every sum;
+   infinity and NaN stay what they are. */
+INLINE vec rope_bounded(vec x) {
+    vec near = v_min(v_set(65504.0f), v_max(v_set(-65504.0f), x));
+    return v_where(v_less(v_set(3.4028235e38f), v_abs(x)), x, near);
+}
+
+INLINE void rope_store(void *out, int64_t i, vec x, int64_t n, const int half) {
+    if (half && n >= W) v_store_half((uint16_t *)out + i, rope_bounded(x));
+    else if (half) v_store_half_first((uint16_t *)out + i, rope_bounded(x), n);
+    else if (n >= W) v_store((float *)out + i, x);
+    else v_store_at((float *)out + i, x, v_first(n));
+}
+
+/* x_i cos_i - x_j sin_i, x_j cos_j + x_i sin_j for the pairs (i, j = i + half), or for (0, 1), (2, 3) ...; the rest
+   of the head as it is. */
+INLINE void rope_head(const RopeWrite *a, const RopeHead *head, const float *cos, const float *sin, void *out,
+                      const int half) {
+    int64_t pairs = a->rotary / 2;
+    if (a->interleaved)
+        for (int64_t i = 0; i < a->rotary; i += W) {
+            int64_t n = a->rotary - i;
+            vec x = rope_load(head, i, n), turned = v_mul(v_swap_pairs(x), rope_factor(sin, i, n));
+            rope_store(out, i, v_fma_addsub(x, rope_factor(cos, i, n), turned), n, half);
+        }
+    else
+        for (int64_t i = 0; i < pairs; i += W) {
+            int64_t n = pairs - i, j = pairs + i;
+            vec x = rope_load(head, i, n), y = rope_load(head, j, n);
+            vec left = v_fnma(y, rope_factor(sin, i, n), v_mul(x, rope_factor(cos, i, n)));
+            vec right = v_fma(x, rope_factor(sin, j, n), v_mul(y, rope_factor(cos, j, n)));
+            rope_store(out, i, left, n, half);
+            rope_store(out, j, right, n, half);
+        }
+    for (int64_t i = a->rotary; i < a->key_dim; i += W)
+        rope_store(out, i, rope_load(head, i, a->key_dim - i), a->key_dim - i, half);
+}
+
+/* Heads that lie one after another; `width`: what one norm is taken over, a whole number of heads. */
+INLINE void rope_heads(const RopeWrite *a, int64_t row, const float *in, int64_t heads, const float *norm,
+                       int64_t width, void *out, const int half) {
+    const float *cos = a->cos + row * a->cos_row, *sin = a->sin + row * a->sin_row;
+    RopeHead head = {.offset = a->offset};
+    for (int64_t i = 0; i < heads; i++) {
+        int64_t at = i * a->key_dim;
+        head.in = in + at;
+        if (norm && at % width == 0) head.scale = rms_scale(head.in, width, a->eps);
+        head.norm = norm ? norm + at % width : 0;
+        rope_head(a, &head, cos, sin, (char *)out + at * (half ? 2 : 4), half);
+    }
+}
+
+INLINE void rope_keys(const RopeWrite *a, int64_t row, const float *key, const int half) {
+    int64_t key_width = a->kv_heads * a->key_dim, value_width = a->kv_heads * a->value_dim, size = half ? 2 : 4;
+    char *slot = (char *)a->pool + a->slots[row] * a->pool_row * size;
+    rope_heads(a, row, key, a->kv_heads, a->key_norm, a->key_norm_width, slot, half);
+    const float *value = key + key_width;
+    for (int64_t i = 0; i < value_width; i += W) {
+        int64_t n = value_width - i;
+        vec x = n >= W ? v_load(value + i) : v_load_at(value + i, v_first(n));
+        rope_store(slot + key_width * size, i, x, n, half);
+    }
+}
+
+int rope_write_rows(const RopeWrite *a, int64_t begin, int64_t end) {
+    int64_t query_width = a->heads * a->key_dim;
+    int stray = 0;
+    for (int64_t row = begin; row < end; row++) {
+        const float *in = a->qkv + row * a->qkv_row;
+        rope_heads(a, row, in, a->heads, a->query_norm, a->query_norm_width, a->query + row * query_width, 0);
+        if (a->slots[row] < 0 || a->slots[row] >= a->num_slots) stray = 1;
+        else if (a->pool_type) rope_keys(a, row, in + query_width, 1);
+        else rope_keys(a, row, in + query_width, 0);
+    }
+    return stray;
+}
 
 typedef struct {
     const RopeWrite *task;
-    atomic_int *stray; /* set if a slot lies outside the pool */
-} Shared;
+    atomic_int stray;
+} RopeShared;
 
-/* x_i cos_i - x_j sin_i, x_j cos_j + x_i sin_j for the pairs (i, j = i + half) */
-INLINE void rotate_halves(float *x, const float *cos, const float *sin, int64_t half) {
-    for (int64_t i = 0; i < half; i += W) {
-        lanes m = v_first(half - i);
-        vec a = v_load_at(x + i, m), b = v_load_at(x + half + i, m);
-        v_store_at(x + i, v_fnma(b, v_load_at(sin + i, m), v_mul(a, v_load_at(cos + i, m))), m);
-        v_store_at(x + half + i, v_fma(a, v_load_at(sin + half + i, m), v_mul(b, v_load_at(cos + half + i, m))), m);
-    }
-}
-
-/* The same for the pairs (0, 1), (2, 3), ... */
-INLINE void rotate_pairs(float *x, const float *cos, const float *sin, int64_t width) {
-    for (int64_t i = 0; i < width; i += W) {
-        lanes m = v_first(width - i);
-        vec a = v_load_at(x + i, m), turned = v_mul(v_swap_pairs(a), v_load_at(sin + i, m));
-        v_store_at(x + i, v_fma_addsub(a, v_load_at(cos + i, m), turned), m);
-    }
-}
-
-static void section(const RopeWrite *a, float *out, const float *in, int64_t heads, const float *norm, int64_t width,
-                    int64_t row) {
-    int64_t total = heads * a->key_dim;
-    if (norm)
-        for (int64_t i = 0; i < total; i += width)
-            rms_apply(out + i, in + i, norm, width, rms_scale(in + i, width, a->eps), a->offset);
-    else
-        memcpy(out, in, total * sizeof(float));
-    if (!a->rotary) return;
-    const float *cos = a->cos + row * a->cos_row, *sin = a->sin + row * a->sin_row;
-    for (int64_t head = 0; head < heads; head++) {
-        float *x = out + head * a->key_dim;
-        if (a->interleaved)
-            rotate_pairs(x, cos, sin, a->rotary);
-        else
-            rotate_halves(x, cos, sin, a->rotary / 2);
-    }
-}
-
-static void rope_rows(const void *arguments, int64_t begin, int64_t end) {
-    const Shared *shared = arguments;
-    const RopeWrite *a = shared->task;
-    int64_t query_width = a->heads * a->key_dim, key_width = a->kv_heads * a->key_dim;
-    for (int64_t row = begin; row < end; row++) {
-        const float *in = a->qkv + row * a->qkv_row;
-        section(a, a->query + row * query_width, in, a->heads, a->query_norm, a->query_norm_width, row);
-        if (a->slots[row] < 0 || a->slots[row] >= a->num_slots) {
-            atomic_store(shared->stray, 1);
-            continue;
-        }
-        float *slot = a->pool + a->slots[row] * a->pool_row;
-        section(a, slot, in + query_width, a->kv_heads, a->key_norm, a->key_norm_width, row);
-        memcpy(slot + key_width, in + query_width + key_width, a->kv_heads * a->value_dim * sizeof(float));
-    }
+static void rope_part(const void *arguments, int64_t begin, int64_t end) {
+    RopeShared *shared = (RopeShared *)arguments;
+    if (rope_write_rows(shared->task, begin, end)) atomic_store(&shared->stray, 1);
 }
 
 /* 0, or 1 if a slot lies outside the pool (the other rows are done). */
 EXPORT int head_norm_rope_write(const RopeWrite *task) {
-    atomic_int stray = 0;
-    Shared shared = {task, &stray};
+    RopeShared shared = {task, 0};
     int64_t width = (task->heads + task->kv_heads) * task->key_dim + task->kv_heads * task->value_dim;
-    over_rows(rope_rows, &shared, task->rows, 2 * width, task->threads);
-    return atomic_load(&stray);
+    over_rows(rope_part, &shared, task->rows, 2 * width, task->threads);
+    return atomic_load(&shared.stray);
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from engine.kernels import native, reference
+from engine.kernels import native, native_choose, reference
 from engine.kernels.layout import MODES, HeadLayout, PagedBatch
 from engine.kernels.native import Library
 
@@ -33,7 +35,7 @@ class _Layer:
 def largest_errors(library: Library) -> dict[str, float]:
     """Kernel -> largest absolute difference from its twin, over a few shapes with odd sizes; NaN counts as infinite."""
     random = torch.Generator().manual_seed(0)
-    checks = {"add_rms_norm": _norms, "gated_activation": _gates, "rope": _ropes, "attention": _attends}
+    checks = {"add_rms_norm": _norms, "gated_activation": _gates, "rope": _ropes, "attention": _attends, "choice": _chooses}
     errors = {}
     for name, check in checks.items():
         pairs = list(check(library, random))
@@ -60,19 +62,23 @@ def _gates(library: Library, random: torch.Generator) -> _Pairs:
         yield native.gated_activation(library, gate_up, kind), reference.gated_activation(gate_up, kind)
 
 
+_POOLS = (torch.float32, torch.float16)
+
+
 def _ropes(library: Library, random: torch.Generator) -> _Pairs:
     shape, slots = _Shape(), torch.tensor([4, 0, 6])
     qkv = torch.randn(3, 6 * shape.key_dim + shape.width, generator=random)
     norm = torch.randn(shape.key_dim, generator=random)
     cos, sin = torch.randn(3, 12, generator=random), torch.randn(3, 12, generator=random)
-    for interleaved in (False, True):
+    for interleaved, dtype in itertools.product((False, True), _POOLS):
         layout = HeadLayout(6, interleaved, query_norm=norm, key_norm=norm.flip(0))
-        ours, theirs = (_Layer(torch.zeros(8, shape.width), shape) for _ in range(2))
+        ours, theirs = (_Layer(torch.zeros(8, shape.width, dtype=dtype), shape) for _ in range(2))
         yield (
             native.head_norm_rope_write(library, qkv, (cos, sin), slots, ours, layout),
             reference.head_norm_rope_write(qkv, cos, sin, slots, theirs, layout),
         )
-        yield ours.joint, theirs.joint
+        nearly = 1e-3 if dtype is torch.float16 else 1.0  # a last bit may differ
+        yield ours.joint.float() * nearly, theirs.joint.float() * nearly
 
 
 def _attends(library: Library, random: torch.Generator) -> _Pairs:
@@ -84,12 +90,44 @@ def _attends(library: Library, random: torch.Generator) -> _Pairs:
     layer = _Layer(torch.randn(64 * block, shape.width, generator=random), shape)
     query, sinks = torch.randn(76, 6, shape.key_dim, generator=random), torch.randn(6, generator=random)
     starts = torch.tensor([0, 1, 6, 76], dtype=torch.int32)
-    for mode in range(len(MODES)):
-        batch = PagedBatch(tables, starts, torch.tensor(kv_lens, dtype=torch.int32), positions, block, mode, 8)
+    # Trees from each sequence's third query on, of nodes that see themselves and some of those before them.
+    roots = torch.tensor([299, *[42] * 5, *[62] * 70], dtype=torch.int32)
+    nodes = (positions - roots)[:, None]
+    bits = (torch.rand(76, 128, generator=random) < 0.5) & (torch.arange(128) < nodes) | (torch.arange(128) == nodes)
+    masks = torch.stack([_word(bits[:, :64]), _word(bits[:, 64:])], dim=1)
+    for mode, dtype in itertools.product(range(len(MODES)), _POOLS):
+        trees = (roots, masks) if MODES[mode] == "tree" else (None, None)
+        batch = PagedBatch(tables, starts, torch.tensor(kv_lens, dtype=torch.int32), positions, block, mode, 8, *trees)
+        pool = _Layer(layer.joint.to(dtype), shape)
         for window, softcap, sink in ((None, None, None), (40, None, sinks), (None, 3.0, None)):
             yield (
                 native.paged_attention(
-                    library, query, layer, batch, scale=0.3, window=window, softcap=softcap, sinks=sink
+                    library, query, pool, batch, scale=0.3, window=window, softcap=softcap, sinks=sink
                 ),
-                reference.paged_attention(query, layer, batch, scale=0.3, window=window, softcap=softcap, sinks=sink),
+                reference.paged_attention(query, pool, batch, scale=0.3, window=window, softcap=softcap, sinks=sink),
             )
+
+
+def _word(bits: torch.Tensor) -> torch.Tensor:
+    """[n, 64] bool -> [n] int64."""
+    return (bits.long() << torch.arange(64)).sum(-1)
+
+
+# The first block of Philox4x64-10 with a key and a counter of 0 (Random123's known answers), in lanes of 32 bits.
+_PHILOX = "16554d9eca36314c db20fe9d672d0fdc d7e772cee186176b 7e68b68aec7ba23b"
+
+
+def _chooses(library: Library, random: torch.Generator) -> _Pairs:
+    """The largest of each row, the noise's bits as known, and the noise as its formula says."""
+    logits = torch.randn(3, 1037, generator=random)
+    best = logits.topk(2)
+    found = native_choose.choose(library, logits, None, None, second=True)
+    yield torch.from_numpy(found.tokens), best.indices[:, 0]
+    yield torch.from_numpy(found.largest), best.values[:, 0]
+    assert found.second is not None
+    yield torch.from_numpy(found.second), best.values[:, 1]
+    bits, noise = native_choose.noise(library, np.zeros(5, dtype=np.uint64), 4096)
+    yield torch.from_numpy((bits[:8].view(np.uint64) != [int(word, 16) for word in _PHILOX.split()]).astype(float)), torch.zeros(4)
+    share = bits.astype(np.float32) * np.float32(2.0**-32) + np.float32(2.0**-33)
+    exact = -np.log(-np.log1p(-share.astype(np.float64).clip(max=1 - 2.0**-24)))
+    yield torch.from_numpy(noise.astype(np.float64)), torch.from_numpy(exact)

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
@@ -20,6 +21,18 @@ INLINE lanes v_first(int64_t n) { return (lanes)(n >= W ? 0xffffu : n <= 0 ? 0u 
 /* Lanes outside the mask are not read, and are 0. */
 INLINE vec v_load_at(const float *p, lanes m) { return _mm512_maskz_loadu_ps(m, p); }
 INLINE void v_store_at(float *p, vec x, lanes m) { _mm512_mask_storeu_ps(p, m, x); }
+/* Of 16-bit floats. */
+INLINE vec v_load_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE vec v_load_half_first(const uint16_t *p, int64_t n) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(v_first(n), p));
+}
+INLINE void v_store_half(uint16_t *p, vec x) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+INLINE void v_store_half_first(uint16_t *p, vec x, int64_t n) {
+    _mm256_mask_storeu_epi16(p, v_first(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+INLINE lanes v_lanes(uint32_t bits) { return (lanes)bits; }
 INLINE vec v_where(lanes m, vec x, vec otherwise) { return _mm512_mask_blend_ps(m, otherwise, x); }
 INLINE lanes v_between(int64_t low, int64_t high) { return (lanes)(v_first(high) & ~v_first(low)); }
 INLINE lanes v_less(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
@@ -61,6 +74,24 @@ INLINE lanes v_first(int64_t n) {
 }
 INLINE vec v_load_at(const float *p, lanes m) { return _mm256_maskload_ps(p, _mm256_castps_si256(m)); }
 INLINE void v_store_at(float *p, vec x, lanes m) { _mm256_maskstore_ps(p, _mm256_castps_si256(m), x); }
+INLINE vec v_load_half(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+INLINE vec v_load_half_first(const uint16_t *p, int64_t n) {
+    uint16_t first[W] = {0};
+    memcpy(first, p, 2 * (size_t)(n > W ? W : n));
+    return v_load_half(first);
+}
+INLINE void v_store_half(uint16_t *p, vec x) {
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+INLINE void v_store_half_first(uint16_t *p, vec x, int64_t n) {
+    uint16_t all[W];
+    v_store_half(all, x);
+    memcpy(p, all, 2 * (size_t)(n > W ? W : n));
+}
+INLINE lanes v_lanes(uint32_t bits) {
+    const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), each), each));
+}
 INLINE vec v_where(lanes m, vec x, vec otherwise) { return _mm256_blendv_ps(otherwise, x, m); }
 INLINE lanes v_between(int64_t low, int64_t high) { return _mm256_andnot_ps(v_first(low), v_first(high)); }
 INLINE lanes v_less(vec a, vec b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }

@@ -8,16 +8,21 @@ tokens, told apart by their positions and by the batch. What this cannot serve i
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_utils import AttentionInterface
 
 from engine.errors import ModelLoadError
 from engine.models.context import ContextSlot, ForwardContext, ProbeContext, Taps
 from engine.models.fused.backbone import FusedBackbone
+from engine.models.program import Program, make_program
+from engine.models.stored_model import StoredModel
 from engine.models.support import context_length, text_config, why_not_paged
 from engine.models.taps import tapped
 from engine.runtime.kv_cache import LayerShape
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 ATTENTION_NAME = "slipstream_paged"
 # What a decoder layer may hand to its attention function beside what we use, and nothing of it changes the result here.
@@ -75,24 +80,32 @@ def _check_call(module: torch.nn.Module, mask: torch.Tensor | None, rest: dict[s
 
 
 class DecoderAdapter:
-    """A finished `transformers` causal LM, run over packed tokens."""
+    """A finished `transformers` causal LM, or one that was kept in a file, run over packed tokens."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        AttentionInterface.register(ATTENTION_NAME, _paged_attention)
-        self.model = model.eval()
+    def __init__(self, model: PreTrainedModel | StoredModel) -> None:
+        self.model = cast("PreTrainedModel", model.eval())  # the other has all that is asked for from here on
         self.config: PretrainedConfig = text_config(model.config)
         self.vocab_size: int = self.config.vocab_size
         self.num_layers: int = self.config.num_hidden_layers
         self.context_length = context_length(model.config)
         self._slot = ContextSlot()
+        self.program: Program | None = None
         for module in model.modules():
             if hasattr(module, "layer_idx"):
                 module.slipstream_slot = self._slot  # type: ignore[assignment]  # torch's stub expects tensors
-        model.set_attn_implementation(ATTENTION_NAME)
+        if not isinstance(model, StoredModel):  # whose layers never call an attention function
+            from transformers.modeling_utils import AttentionInterface
+
+            AttentionInterface.register(ATTENTION_NAME, _paged_attention)
+            model.set_attn_implementation(ATTENTION_NAME)
 
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def use_program(self) -> None:
+        """Run the model as one native program wherever that is possible; call once it is fused and packed."""
+        self.program = make_program(self.model)
 
     @torch.inference_mode()
     def forward(
@@ -104,8 +117,14 @@ class DecoderAdapter:
         taps: Taps | None = None,
     ) -> torch.Tensor:
         """Feed ids [T] at positions [T]; fp32 logits [len(rows), vocabulary] of the rows asked for."""
+        program = self.program
+        if program is not None and program.takes(context):
+            if program.scores:
+                return program.logits(ids, positions, rows, context, taps)
+        else:
+            program = None
         if isinstance(self.model.base_model, FusedBackbone):  # takes the rows itself, before its last layer's products
-            wanted: dict[str, object] = {"rows": rows, "taps": taps}
+            wanted: dict[str, object] = {"rows": rows, "taps": taps, "program": program}
         else:
             wanted = {"logits_to_keep": rows}
         self._slot.context = context

@@ -75,9 +75,10 @@ class PagedContext:
     """Writes a step's keys and values into the pool, then attends over it."""
 
     def __init__(self, cache: PagedKVCache, attention: StepAttention, slots: torch.Tensor) -> None:
-        self._layers = cache.layers
-        self._attention = attention
+        self.cache = cache
+        self.attention = attention
         self.slots = slots
+        self._layers = cache.layers
 
     def layer_cache(self, layer: int) -> LayerCache:
         return self._layers[layer]
@@ -93,7 +94,7 @@ class PagedContext:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         cache = self._layers[layer]
-        return self._attention.attend(query, cache, scale=scale, window=window, softcap=softcap, sinks=sinks)
+        return self.attention.attend(query, cache, scale=scale, window=window, softcap=softcap, sinks=sinks)
 
     def attend(
         self,
@@ -109,7 +110,7 @@ class PagedContext:
     ) -> torch.Tensor:
         cache = self._layers[layer]
         cache.write(self.slots, key, value)
-        return self._attention.attend(query, cache, scale=scale, window=window, softcap=softcap, sinks=sinks)
+        return self.attention.attend(query, cache, scale=scale, window=window, softcap=softcap, sinks=sinks)
 
 
 class ProbeContext:

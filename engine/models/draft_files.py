@@ -7,16 +7,18 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PretrainedConfig
 
 from engine.errors import ModelLoadError
 from engine.hub.resolve import validate_folder
 from engine.models.draft_rope import Rope, freeze_rope
 from engine.models.support import text_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # Keys that `transformers` and trainers leave in a config.json and that say nothing about a draft's forward pass.
 _BOOKKEEPING = (

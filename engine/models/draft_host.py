@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
 
 from engine.errors import ModelLoadError
 from engine.models.fused.backbone import FusedBackbone
 from engine.protocols import AttentionBackend, Follower
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True, eq=False)

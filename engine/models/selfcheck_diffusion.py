@@ -6,8 +6,9 @@ whose rows do not depend on later ones as they should, would be silently wrong t
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from transformers import PreTrainedModel
 
 from engine.diffusion import DiffusionSpec
 from engine.models.adapter import DecoderAdapter
@@ -16,6 +17,9 @@ from engine.models.support import context_length
 from engine.protocols import AttentionBackend
 from engine.runtime.batch import AttentionMode
 from engine.runtime.kv_cache import LayerShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LONGEST = 256  # tokens
 

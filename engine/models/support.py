@@ -5,9 +5,14 @@ Every refusal names its cause. What none of this foresees is left to the numeric
 
 from __future__ import annotations
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from typing import TYPE_CHECKING, cast
 
 from engine.errors import ModelLoadError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from engine.models.stored_model import StoredConfig
 
 SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 _RECURRENT = "recurrent layers (state-space or linear attention), whose state is no list of keys and values"
@@ -26,16 +31,18 @@ _LAYERS = {
 }
 
 
-def text_config(config: PretrainedConfig) -> PretrainedConfig:
+def text_config(config: PretrainedConfig | StoredConfig) -> PretrainedConfig:
     """The decoder's part of a configuration. Raises ModelLoadError where there are several."""
     try:
-        return config.get_text_config()
+        return cast("PretrainedConfig", config.get_text_config())
     except ValueError as error:
         raise ModelLoadError(f"{config.model_type}: it holds several language models; none can be served") from error
 
 
 def check_supported(config: PretrainedConfig) -> None:
     """Refuse, from the configuration alone, what this adapter can't serve. Raises ModelLoadError with the reason."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING  # the rest of this module is asked where it was never imported
+
     if quantised := getattr(config, "quantization_config", None):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise ModelLoadError(
@@ -81,7 +88,7 @@ def why_not_paged(model: PreTrainedModel, calls: list[int], layers: int) -> str 
     return f"{len(calls)} of {layers} layers called attention; recurrent, shared or hybrid layers can't be paged"
 
 
-def context_length(config: PretrainedConfig) -> int:
+def context_length(config: PretrainedConfig | StoredConfig) -> int:
     """Tokens that one sequence may have.
 
     `longrope` models get their original context: `transformers` switches them from short to long factors for a whole

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import repeat
+
 import torch
 
-from engine.pipelines.states import FAILED, Share, StateTable, first_rows, prompt_scores
+from engine.pipelines.states import FAILED, SeqState, Share, StateTable, first_rows, prompt_scores
 from engine.protocols import ForwardRunner
 from engine.runtime.sampler import Sampler
 from engine.types import DecodeTraits, SeqResult, StepOutput, StepPlan, TokenLogprob
+
+Drawn = tuple[int, bool, TokenLogprob | None]  # a token, whether it is none, and its log-probability if it is wanted
 
 
 class AutoregressivePipeline:
@@ -23,6 +28,20 @@ class AutoregressivePipeline:
     def num_states(self) -> int:
         return len(self._states)
 
+    @property
+    def states(self) -> StateTable:
+        return self._states
+
+    def enter(self, plan: StepPlan) -> None:
+        """See `uniform.Decoder`, and so are the next two."""
+        self._states.enter(plan)
+
+    def heard(self, request_id: str, tokens: Sequence[int]) -> None:
+        """Nobody else keeps count of them."""
+
+    def leaves(self, _: SeqState) -> bool:
+        return True
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutput:
         self._states.enter(plan)
@@ -35,33 +54,33 @@ class AutoregressivePipeline:
         scored = [row + offset for row, share in zip(first, shares, strict=True) for offset in share.scored]
         logits = self._runner.forward(inputs, [*last, *scored])
         prompts = prompt_scores(shares, logits[len(last) :])
-        return StepOutput(plan.step, (*self._sample(shares, logits[: len(last)], prompts), *void))
+        results = [*map(self._result, shares, self._draw(shares, logits[: len(last)]), repeat(prompts))]
+        return StepOutput(plan.step, (*results, *void))
 
-    def _sample(
-        self, shares: list[Share], logits: torch.Tensor, prompts: dict[str, tuple[TokenLogprob, ...]]
-    ) -> list[SeqResult]:
+    def _draw(self, shares: Sequence[Share], logits: torch.Tensor) -> Iterator[Drawn | None]:
+        """What each request's next token is, where it gets one."""
         states = [share.state.sampling for share in shares if share.samples]
-        tokens: list[int] = []
-        failed: list[bool] = []
-        logprobs: list[TokenLogprob | None] = []
-        if states:
-            sampled = self._sampler.sample(logits, states, [state.sampling.logprobs for state in states])
-            tokens, failed, logprobs = sampled.tokens.tolist(), sampled.failed.tolist(), list(sampled.logprobs)
-        results, drawn = [], 0
-        for share in shares:
-            state, end = share.state, share.end
-            request_id, prompt = share.item.request_id, prompts.get(share.item.request_id)
-            if not share.samples:
-                state.commit((), end)
-                results.append(SeqResult(request_id, (), end, prompt_logprobs=prompt))
-                continue
-            token, bad, logprob = tokens[drawn], failed[drawn], logprobs[drawn]
-            drawn += 1
-            state.commit(() if bad else (token,), end)
-            if bad:
-                results.append(SeqResult(request_id, (), end, error=FAILED))
-                continue
-            results.append(
-                SeqResult(request_id, (token,), end, None if logprob is None else (logprob,), prompt_logprobs=prompt)
-            )
-        return results
+        if not states:
+            return repeat(None, len(shares))
+        wanted = [state.sampling.logprobs for state in states]
+        reported = any([count is not None for count in wanted])
+        sampled = self._sampler.sample(logits, states, wanted if reported else None)
+        drawn = zip(sampled.tokens.tolist(), sampled.failed.tolist(), sampled.logprobs or repeat(None), strict=False)
+        if len(states) == len(shares):
+            return drawn
+        return iter([next(drawn) if share.samples else None for share in shares])
+
+    @staticmethod
+    def _result(share: Share, drawn: Drawn | None, prompts: dict[str, tuple[TokenLogprob, ...]]) -> SeqResult:
+        """Move a request on, and say so."""
+        state, request_id, end = share.state, share.item.request_id, share.end
+        prompt = prompts.get(request_id) if prompts else None
+        if drawn is None:
+            state.commit((), end)
+            return SeqResult(request_id, (), end, prompt_logprobs=prompt)
+        token, failed, logprob = drawn
+        if failed:
+            state.commit((), end)
+            return SeqResult(request_id, (), end, error=FAILED)
+        state.commit((token,), end)
+        return SeqResult(request_id, (token,), end, None if logprob is None else (logprob,), prompt)

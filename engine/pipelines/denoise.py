@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.diffusion import DiffusionSpec
 from engine.pipelines.feeds import Feed
 from engine.runtime.rng import Purpose, uniform_rows
-from engine.runtime.sampler import Sampler, first_argmax
+from engine.runtime.sampler import Sampler, first_argmax, masked_spread
 
 Floats = npt.NDArray[np.float64]
 
@@ -63,17 +63,16 @@ class Denoiser:
         plain = [feed.canvas.sampling.greedy and not feed.canvas.sampling.ruled for feed in feeds]
         if all(plain):
             return first_argmax(logits), logits
-        states = [
-            feed.canvas.sampling.masked(position, feed.canvas.block.step)
-            for feed, is_plain in zip(feeds, plain, strict=True)
-            if not is_plain
-            for position in feed.candidates.tolist()
-        ]
+        drawn = [feed for feed, is_plain in zip(feeds, plain, strict=True) if not is_plain]
+        spread = masked_spread(
+            [feed.canvas.sampling for feed in drawn],
+            [[(position, feed.canvas.block.step) for position in feed.candidates.tolist()] for feed in drawn],
+        )
         if not any(plain):
-            return self._sampler.denoise(logits, states, tempered=self._spec.tempered)
+            return self._sampler.denoise(logits, spread, tempered=self._spec.tempered)
         shaped = torch.from_numpy(np.flatnonzero(~np.repeat(plain, sizes))).to(logits.device)
         tokens, scores = first_argmax(logits), logits.clone()
-        tokens[shaped], scores[shaped] = self._sampler.denoise(logits[shaped], states, tempered=self._spec.tempered)
+        tokens[shaped], scores[shaped] = self._sampler.denoise(logits[shaped], spread, tempered=self._spec.tempered)
         return tokens, scores
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.diffusion import DiffusionSpec
 from engine.pipelines.turns import Turn
 from engine.pipelines.verifying import Opinion
-from engine.runtime.sampler import Sampler, first_argmax, top_logprobs
+from engine.runtime.sampler import Sampler, first_argmax, masked_spread, top_logprobs
 from engine.types import TokenLogprob
 
 _CELLS_AT_ONCE = 1 << 18  # numbers of a float64 softmax: 2 MB
@@ -36,7 +36,7 @@ class Reviewer:
         if not cells:
             return [[] for _ in turns]
         drafted = [turn.state.canvas.ids[position] for turn, position in cells]
-        own, scores = self._draw(cells, logits)
+        own, scores = self._draw(turns, logits)
         tokens = torch.stack((own, torch.tensor(drafted, device=own.device)), dim=1)
         rows = max(1, _CELLS_AT_ONCE // scores.shape[1])
         parts = zip(scores.split(rows), tokens.split(rows), strict=True)
@@ -50,12 +50,16 @@ class Reviewer:
             found.append([Opinion(at, old, int(new), chance, kept) for (_, at), old, (new, chance, kept) in mine])
         return found
 
-    def _draw(self, cells: Sequence[tuple[Turn, int]], logits: Tensor) -> tuple[Tensor, Tensor]:
+    def _draw(self, turns: Sequence[Turn], logits: Tensor) -> tuple[Tensor, Tensor]:
         """The verifier's own tokens [n], and scores [n, vocabulary] whose softmax says how sure it is."""
-        if all(turn.state.canvas.sampling.greedy and not turn.state.canvas.sampling.ruled for turn, _ in cells):
+        turns = [turn for turn in turns if turn.asked]
+        if all(turn.state.canvas.sampling.greedy and not turn.state.canvas.sampling.ruled for turn in turns):
             return first_argmax(logits), logits
-        states = [turn.state.canvas.sampling.masked(position, turn.state.step_of(position)) for turn, position in cells]
-        return self._sampler.denoise(logits, states, tempered=self._tempered)
+        spread = masked_spread(
+            [turn.state.canvas.sampling for turn in turns],
+            [[(position, turn.state.step_of(position)) for position in turn.asked] for turn in turns],
+        )
+        return self._sampler.denoise(logits, spread, tempered=self._tempered)
 
 
 def report_placed(turns: Sequence[Turn], placed: Sequence[Sequence[Opinion]], logits: Tensor) -> None:

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +21,8 @@ from engine.pipelines.choices import Choice
 from engine.pipelines.coins import Coins
 from engine.pipelines.rounds import Round, report
 from engine.pipelines.states import Share
-from engine.protocols import Delta, Dense, DraftProposal, Rows, Scalar, TargetRows, Verdict, Verifier
-from engine.runtime.sampler import Sampler, SamplingState
+from engine.protocols import Delta, Dense, DraftProposal, PathVerifier, Rows, Scalar, TargetRows, Verdict, Verifier
+from engine.runtime.sampler import Sampler, SamplingState, Spread
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,28 +35,27 @@ class Group:
     whole: bool
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Step:
     """What is known of all drafts of a step.
 
     For each request in turn come the row of its last committed token, then those of its drafted ones: of `logits`
-    [rows, vocabulary], of `draws` [rows] int64, the target's own tokens (-1 where none can be drawn), and of `states`
-    [rows, width], what the output head read, where a verifier wants that. `sampling` is what the draws see.
+    [rows, vocabulary], of `draws` [rows], the target's own tokens (-1 where none can be drawn), and of `states`
+    [rows, width], what the output head read, where a verifier wants that. `first` are the requests' first rows.
     """
 
     drawing: Sequence[Share]
     proposal: DraftProposal
     logits: Tensor
-    draws: Tensor
+    draws: Sequence[int]
     states: Tensor | None
-    sampling: Sequence[SamplingState]
+    spread: Spread
+    first: Sequence[int]
 
-    def first_rows(self) -> list[int]:
-        rows, row = [], 0
-        for length in self.proposal.lengths:
-            rows.append(row)
-            row += length + 1
-        return rows
+    @cached_property
+    def sampling(self) -> Sequence[SamplingState]:
+        """What the draw of each row sees."""
+        return self.spread.expand()
 
 
 class Referee:
@@ -75,34 +78,40 @@ class Referee:
         self, drawing: Sequence[Share], proposal: DraftProposal, logits: Tensor, states: Tensor | None = None
     ) -> list[Round]:
         """One round of each request. Their `drafts` are the tokens of `proposal`, wherever those are held."""
-        parents = None if proposal.parents is None else proposal.parents.to(logits.device)
-        proposal = replace(proposal, tokens=proposal.tokens.to(logits.device), parents=parents)  # some work on the host
-        sampling = [state for share in drawing for state in share.ahead()]
-        sampled = self._sampler.sample(logits, sampling)
-        draws = sampled.tokens.masked_fill(sampled.failed, -1)
-        step = Step(drawing, proposal, logits, draws, states, sampling)
+        spread = spread_of(drawing)
+        tokens, failed = self._sampler.sample_spread(logits, spread)
+        draws = tokens.masked_fill(failed, -1).tolist()
+        first = [0, *accumulate(spread.counts)][:-1]
+        step = Step(drawing, proposal, logits, draws, states, spread, first)
         groups, idle = grouped(drawing, isinstance(proposal.law, Dense))
-        first = step.first_rows()
         rounds = [Round([], [])] * len(drawing)
         for group in groups:
-            part = proposal_of(proposal, group)
-            verdict = group.verifier.verify(part, self._target(step, group, part, first))
-            for i, round_ in zip(group.members, _rounds(step, group.members, verdict, first), strict=True):
+            for i, round_ in zip(group.members, self._verified(step, group), strict=True):
                 rounds[i] = round_
-        tokens = draws[[first[i] for i in idle]].tolist() if idle else []
-        for i, token in zip(idle, tokens, strict=True):
+        for i in idle:
+            token = draws[first[i]]
             rounds[i] = Round([token], [first[i]]) if token >= 0 else Round([], [])
         report(drawing, rounds, logits)
         return rounds
 
-    def _target(self, step: Step, group: Group, part: DraftProposal, first: Sequence[int]) -> TargetRows:
+    def _verified(self, step: Step, group: Group) -> list[Round]:
+        """The rounds of a group."""
+        path = getattr(group.verifier, "path", None)
+        if path is not None:  # without the way through tensors
+            return [_followed(step, i, cast(PathVerifier, group.verifier)) for i in group.members]
+        part, device = proposal_of(step.proposal, group), step.logits.device
+        parents = None if part.parents is None else part.parents.to(device)
+        part = replace(part, tokens=part.tokens.to(device), parents=parents)  # some work on the host
+        return _rounds(step, group.members, group.verifier.verify(part, self._target(step, group, part)))
+
+    def _target(self, step: Step, group: Group, part: DraftProposal) -> TargetRows:
         """What the target says of a group's drafts, laid out as these are."""
         device, shape = step.logits.device, (len(part.lengths), part.tokens.shape[1] + 1)
         # Lengths are known on the host, so that nothing has to be read back from a device.
         cells = [i * shape[1] + row for i, length in enumerate(part.lengths) for row in range(length + 1)]
         at = torch.tensor(cells, dtype=torch.int64, device=device)
-        rows = None if group.whole else [row for i in group.members for row in _rows(first[i], step.drawing[i])]
-        draws = _laid_out(_taken(step.draws, rows), at, shape, -1)
+        rows = None if group.whole else [row for i in group.members for row in _rows(step.first[i], step.drawing[i])]
+        draws = _laid_out(_taken(torch.tensor(step.draws, device=device), rows), at, shape, -1)
         verifier = group.verifier
         if not verifier.needs_laws:
             return TargetRows(draws)
@@ -208,7 +217,7 @@ def _free(members: Sequence[Share], width: int, device: torch.device) -> Tensor 
     return free.to(device)
 
 
-def _rounds(step: Step, members: Sequence[int], verdict: Verdict, first: Sequence[int]) -> list[Round]:
+def _rounds(step: Step, members: Sequence[int], verdict: Verdict) -> list[Round]:
     """What a group's requests commit."""
     accepted, paths, following = verdict.accepted.tolist(), verdict.path.tolist(), verdict.next_token.tolist()
     biases = None if verdict.bias is None else verdict.bias.tolist()
@@ -220,11 +229,41 @@ def _rounds(step: Step, members: Sequence[int], verdict: Verdict, first: Sequenc
             tokens.append(following[row])
         # Where nothing can be drawn after the accepted drafts, the last of these takes the next token's place:
         # the next step comes to that row again, with nothing drafted before it, and fails there as plain decoding.
-        scored = [first[i], *(first[i] + 1 + node for node in path)][: len(tokens)]
+        scored = _path_rows(step.first[i], path)[: len(tokens)]
         # After a draft that stood as a whole comes the target's own token.
         bias = () if biases is None else (*biases[row][: len(share.drafts)], 0.0)[: len(tokens)]
         rounds.append(Round(tokens, scored, path, bias))
     return rounds
+
+
+def _followed(step: Step, i: int, verifier: PathVerifier) -> Round:
+    """The round of request i under a verifier that needs no tensors; see `_rounds`."""
+    share, first = step.drawing[i], step.first[i]
+    drafts, draws = share.drafts, step.draws[first : first + len(share.drafts) + 1]
+    path = verifier.path(drafts, None if share.tree is None else share.tree.parents, draws)
+    tokens, following = [drafts[node] for node in path], draws[path[-1] + 1 if path else 0]
+    if following >= 0:
+        tokens.append(following)
+    return Round(tokens, _path_rows(first, path)[: len(tokens)], path)
+
+
+def _path_rows(first: int, path: Sequence[int]) -> list[int]:
+    return [first, *[first + 1 + node for node in path]]
+
+
+def spread_of(drawing: Sequence[Share]) -> Spread:
+    """The draws after the last committed token and after each drafted one, of all requests."""
+    counts = [len(share.drafts) + 1 for share in drawing]
+    ahead: list[int] = []  # of the last committed token
+    for share, count in zip(drawing, counts, strict=True):
+        ahead += range(count) if share.tree is None else (0, *share.tree.depths)
+    begin = np.array([share.state.sampling.position for share in drawing], dtype=np.int64)
+    return Spread(
+        [share.state.sampling for share in drawing],
+        counts,
+        np.repeat(begin, counts) + ahead,
+        lambda: [state for share in drawing for state in share.ahead()],
+    )
 
 
 def _rows(first: int, share: Share) -> range:

@@ -19,7 +19,7 @@ from engine.pipelines.coins import RequestSampler
 from engine.pipelines.referee import Referee, choice_of
 from engine.pipelines.rounds import Round, commit
 from engine.pipelines.shaping import Shape, Shaper
-from engine.pipelines.states import Share, StateTable, first_rows, prompt_scores
+from engine.pipelines.states import SeqState, Share, StateTable, first_rows, prompt_scores
 from engine.pipelines.trees import moves
 from engine.protocols import DraftAsk, Drafter, ForwardRunner, Verifier
 from engine.runtime.batch import AttentionMode, SeqInput
@@ -58,6 +58,18 @@ class SpeculativePipeline:
     def num_states(self) -> int:
         return len(self._states)
 
+    @property
+    def states(self) -> StateTable:
+        return self._states
+
+    def heard(self, request_id: str, tokens: Sequence[int]) -> None:
+        """See `uniform.Decoder`, and so are `leaves` and `enter`."""
+        self._drafter.commit(request_id, tokens)
+
+    def leaves(self, state: SeqState) -> bool:
+        choice = state.choice
+        return choice is not None and choice.verifier.card.exact and not choice.drawn
+
     def set_costs(
         self,
         step_costs: tuple[tuple[int, float], ...],
@@ -69,7 +81,7 @@ class SpeculativePipeline:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutput:
-        self._enter(plan)
+        self.enter(plan)
         shares, void = self._states.shares(plan)
         if not shares:
             return StepOutput(plan.step, void)
@@ -96,7 +108,7 @@ class SpeculativePipeline:
             self._drafter.commit(share.item.request_id, round_.tokens)
         return output
 
-    def _enter(self, plan: StepPlan) -> None:
+    def enter(self, plan: StepPlan) -> None:
         for request_id in plan.dropped:
             self._drafter.drop(request_id)
         self._states.enter(plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -13,6 +13,7 @@ from engine.runtime.batch import SeqInput
 from engine.runtime.sampler import SamplingState, prompt_logprobs
 from engine.types import ScheduledSeq, SeqResult, StepPlan, TokenLogprob
 
+NOTHING = range(0)
 FAILED = "the model's output for this request is not a number, or every token is banned"
 
 
@@ -51,7 +52,7 @@ class Share:
     samples: bool  # the step reaches the end of its tokens
     drafts: Sequence[int] = ()
     tree: Tree | None = None
-    scored: range = field(default_factory=lambda: range(0))  # its rows whose successor is a prompt token to report
+    scored: range = NOTHING  # its rows whose successor is a prompt token to report
 
     @property
     def end(self) -> int:
@@ -121,8 +122,9 @@ def first_rows(inputs: Sequence[SeqInput]) -> list[int]:
 
 def prompt_scores(shares: Sequence[Share], logits: torch.Tensor) -> dict[str, tuple[TokenLogprob, ...]]:
     """Prompt log-probabilities by request; `logits` [rows, vocabulary] are those of all `scored` rows, in order."""
-    found, row = {}, 0
-    for share in shares:
+    found: dict[str, tuple[TokenLogprob, ...]] = {}
+    row = 0
+    for share in shares if len(logits) else ():
         if not share.scored:
             continue
         start, size = share.start, len(share.scored)

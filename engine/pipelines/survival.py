@@ -137,7 +137,10 @@ class SurvivalByKind:
             self._estimator(kind).observe(part, [lengths[row] for row in rows], [accepted[row] for row in rows])
 
     def _estimator(self, kind: Hashable) -> SurvivalEstimator:
-        return self._estimators.setdefault(kind, SurvivalEstimator())
+        found = self._estimators.get(kind)
+        if found is None:
+            found = self._estimators[kind] = SurvivalEstimator()
+        return found
 
 
 def _rows_of(kinds: Sequence[Hashable]) -> Iterable[tuple[Hashable, list[int]]]:

@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from engine.records import record
+from engine.runtime.block_tables import BlockTables
 from engine.runtime.transfer import to_device
+
+Integers = npt.NDArray[np.int64]
 
 
 class AttentionMode(Enum):
@@ -51,6 +58,9 @@ class DeviceBatch:
     tree_starts: torch.Tensor | None = None  # of TREE, [T] int32
     tree_masks: torch.Tensor | None = None  # of TREE, [T, words] int64
     aligned: bool = False  # known to the host: the queries of each sequence are the last of its kv_len keys
+    # Made on the device, to be run again over other contents: query_lens are equal, and kv_lens_host is the most that
+    # kv_lens can ever be. What is planned for it must be planned there.
+    bounded: bool = False
 
     @property
     def num_seqs(self) -> int:
@@ -70,7 +80,7 @@ class TreeRows:
     ancestors: Sequence[int]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SeqInput:
     """One sequence's part of a batch, on the host: feed `ids` from position `start`; `kv_len` keys are visible.
 
@@ -84,6 +94,61 @@ class SeqInput:
     tree: TreeRows | None = None
 
 
+class Packer:
+    """Packs the batches of one pool, one after another; knows block tables again by identity."""
+
+    def __init__(self, block_size: int, device: torch.device) -> None:
+        self._block_size = block_size
+        self._device = device
+        self._tables = BlockTables()
+
+    def pack(
+        self,
+        inputs: Sequence[SeqInput],
+        mode: AttentionMode = AttentionMode.CAUSAL,
+        block_length: int = 1,
+    ) -> DeviceBatch:
+        """See `pack`."""
+        size = self._block_size
+        query_lens, kv_lens = tuple([len(item.ids) for item in inputs]), tuple([item.kv_len for item in inputs])
+        first = np.array([item.start for item in inputs], dtype=np.int64)
+        lens = np.array(query_lens, dtype=np.int64)
+        tables = self._tables.rows([item.block_ids for item in inputs])
+        starts = np.zeros(len(inputs) + 1, dtype=np.int32)
+        lens.cumsum(out=starts[1:])
+        total = int(starts[-1])
+        ids = np.fromiter(chain.from_iterable([item.ids for item in inputs]), dtype=np.int64, count=total)
+        if total == len(inputs):  # all decode
+            rows, places = np.arange(total), first
+        else:
+            rows = np.repeat(np.arange(len(inputs)), lens)
+            places = np.arange(total) + (first - starts[:-1])[rows]
+        slots = tables[rows, places // size].astype(np.int64) * size + places % size
+        positions, *trees = _pack_trees(inputs, places) if mode is AttentionMode.TREE else (places,)
+        keys = np.array(kv_lens, dtype=np.int32)
+        assert mode is AttentionMode.TREE or all([item.tree is None for item in inputs])
+        host = [torch.from_numpy(part) for part in (ids, positions, slots, starts, keys, tables, *trees)]
+        ids_there, positions_there, slots_there, starts_there, keys_there, tables_there, *trees_there = to_device(
+            host, self._device
+        )
+        return DeviceBatch(
+            ids=ids_there,
+            positions=positions_there,
+            slots=slots_there,
+            query_starts=starts_there,
+            kv_lens=keys_there,
+            block_tables=tables_there,
+            block_size=size,
+            query_lens=query_lens,
+            kv_lens_host=kv_lens,
+            mode=mode,
+            block_length=block_length,
+            tree_starts=trees_there[0] if trees_there else None,
+            tree_masks=trees_there[1] if trees_there else None,
+            aligned=bool((keys == first + lens).all()),
+        )
+
+
 def pack(
     inputs: Sequence[SeqInput],
     block_size: int,
@@ -91,58 +156,27 @@ def pack(
     mode: AttentionMode = AttentionMode.CAUSAL,
     block_length: int = 1,
 ) -> DeviceBatch:
-    """Pack sequences into one batch. All index arithmetic is vectorised: no loop over tokens."""
-    query_lens = tuple(len(item.ids) for item in inputs)
-    kv_lens = tuple(item.kv_len for item in inputs)
-    lens = torch.tensor(query_lens)
-    starts = torch.zeros(len(inputs) + 1, dtype=torch.int32)
-    torch.cumsum(lens, 0, out=starts[1:])
-    ids = torch.tensor([token for item in inputs for token in item.ids])
-    rows = torch.repeat_interleave(torch.arange(len(inputs)), lens)
-    first = torch.tensor([item.start for item in inputs]) - starts[:-1]
-    places = torch.arange(int(starts[-1])) + first[rows]
-    width = max(len(item.block_ids) for item in inputs)
-    tables = torch.tensor([[*item.block_ids, *([0] * (width - len(item.block_ids)))] for item in inputs])
-    slots = tables[rows, places // block_size] * block_size + places % block_size
-    assert mode is AttentionMode.TREE or all(item.tree is None for item in inputs)
-    positions, *trees = _pack_trees(inputs, places) if mode is AttentionMode.TREE else (places,)
-    host = (ids, positions, slots, starts, torch.tensor(kv_lens, dtype=torch.int32), tables.to(torch.int32), *trees)
-    ids, positions, slots, starts, lens, tables, *trees = to_device(host, device)
-    return DeviceBatch(
-        ids=ids,
-        positions=positions,
-        slots=slots,
-        query_starts=starts,
-        kv_lens=lens,
-        block_tables=tables,
-        block_size=block_size,
-        query_lens=query_lens,
-        kv_lens_host=kv_lens,
-        mode=mode,
-        block_length=block_length,
-        tree_starts=trees[0] if trees else None,
-        tree_masks=trees[1] if trees else None,
-        aligned=all(item.kv_len == item.start + len(item.ids) for item in inputs),
-    )
+    """Pack sequences into one batch. No loop over tokens."""
+    return Packer(block_size, device).pack(inputs, mode, block_length)
 
 
-def _pack_trees(inputs: Sequence[SeqInput], places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Positions [T] int64, tree_starts [T] int32 and tree_masks [T, words] int64 of a TREE batch.
+def _pack_trees(inputs: Sequence[SeqInput], places: Integers) -> tuple[Integers, npt.NDArray[np.int32], Integers]:
+    """Positions [T], tree_starts [T] and tree_masks [T, words] of a TREE batch.
 
     `places` [T] are the queries' places in their block tables. A sequence without a tree is causal.
     """
     assert all(item.kv_len == item.start + len(item.ids) for item in inputs)
     bits = max((mask.bit_length() for item in inputs if item.tree for mask in item.tree.ancestors), default=0)
     words = max(-(-bits // 64), 1)
-    positions, starts, masks = places.clone(), places.to(torch.int32) + 1, bytearray()
+    positions, starts, masks = places.copy(), places.astype(np.int32) + 1, bytearray()
     row = 0
     for item in inputs:
         end = row + len(item.ids)
         if item.tree is None:
             masks += bytes(8 * words * len(item.ids))
         else:
-            positions[row:end] = torch.tensor(item.tree.positions)
+            positions[row:end] = item.tree.positions
             starts[row:end] = item.tree.root
             masks += b"".join(mask.to_bytes(8 * words, "little") for mask in item.tree.ancestors)
         row = end
-    return positions, starts, torch.frombuffer(masks, dtype=torch.int64).view(-1, words)
+    return positions, starts, np.frombuffer(masks, dtype=np.int64).reshape(-1, words)

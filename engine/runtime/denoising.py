@@ -6,11 +6,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from engine.config import EngineConfig, ModelConfig, VerifierConfig
+from engine.config import EngineConfig, VerifierConfig
 from engine.errors import ModelLoadError
 from engine.hub.diffusion import find_spec, settle_pipeline
 from engine.runtime.drafts import find_folder
-from engine.runtime.loading import LoadedModel, OnPhase, load_checked, phase
+from engine.runtime.loading import LoadedModel, load_checked
+from engine.runtime.phases import OnPhase, phase
 from engine.types import Phase
 
 
@@ -19,12 +20,13 @@ def settle_model(config: EngineConfig, folder: Path) -> EngineConfig:
     return replace(config, model=settle_pipeline(config.model, find_spec(folder, config.model.diffusion)))
 
 
-def load_fast(config: ModelConfig, served: LoadedModel, folder: Path, on_phase: OnPhase) -> LoadedModel | None:
+def load_fast(engine: EngineConfig, served: LoadedModel, folder: Path, on_phase: OnPhase) -> LoadedModel | None:
     """The model of `diffusion.drafter`, where there is one, for `served`, which came from `folder`.
 
     Raises ModelLoadError where it is no diffusion model or counts other tokens: their ids go back and forth between
     the two, and a text that is written anew in other tokens need not be the same text.
     """
+    config = engine.model
     if config.diffusion is None or not config.diffusion.drafter:
         return None
     name = f"diffusion.drafter: {config.diffusion.drafter_name}"
@@ -41,7 +43,11 @@ def load_fast(config: ModelConfig, served: LoadedModel, folder: Path, on_phase: 
     alone = replace(
         config, path=config.diffusion.drafter, pipeline="masked_diffusion", diffusion=None, verifier=VerifierConfig()
     )
-    fast = load_checked(alone, place, lambda done: on_phase(Phase(f"drafter: {done.name}", *_rest(done))))
+
+    def told(done: Phase) -> None:
+        on_phase(Phase(f"drafter: {done.name}", *_rest(done)))
+
+    fast = load_checked(alone, place, told, engine.kv.dtype, Path(engine.cache_dir).expanduser())
     if served.diffusion is None or fast.diffusion is None or served.diffusion.mask_id != spec.mask_id:
         raise ModelLoadError(f"{name} has another mask token than {config.name}")
     return fast

@@ -13,9 +13,9 @@ from engine.runtime.drafts import scratch_blocks
 from engine.runtime.kv_cache import block_bytes
 from engine.runtime.loading import LoadedModel
 from engine.runtime.memory import activation_bytes, available_bytes, measured_budget, plan_pool
+from engine.runtime.packing import weight_bytes
 from engine.runtime.runner import ModelRunner
 from engine.runtime.sampler import Sampler, SamplingState
-from engine.runtime.weights import weight_bytes
 from engine.types import Request, SamplingParams
 
 # On CUDA, besides the largest step: captured graphs, the workspaces of libraries, and what the allocator can't reuse.
@@ -47,11 +47,11 @@ def memory_of(
     draft_weights, draft_pool = 0, 0
     if fast is not None:
         draft_weights = weight_bytes(fast.adapter.model)
-        draft_pool = num_blocks * block_bytes(fast.shapes, size, fast.placement.dtype)
+        draft_pool = num_blocks * block_bytes(fast.shapes, size, fast.placement.pool)
     if draft is not None:
         draft_weights = weight_bytes(draft.network)
         draft_pool = (num_blocks + scratch_blocks(config, draft)) * draft.block_bytes(size)
-    pool = num_blocks * block_bytes(loaded.shapes, size, loaded.placement.dtype)
+    pool = num_blocks * block_bytes(loaded.shapes, size, loaded.placement.pool)
     return Memory(weight_bytes(loaded.adapter.model), draft_weights, pool, draft_pool)
 
 
@@ -79,7 +79,7 @@ def size_pool(
         drafted = config.scheduler.max_num_seqs * draft.most  # rows, with their logits twice
         drafting += scratch_blocks(config, draft) * each + 2 * 4 * drafted * loaded.adapter.vocab_size
     if fast is not None:
-        bytes_per_block += block_bytes(fast.shapes, config.kv.block_size, fast.placement.dtype)
+        bytes_per_block += block_bytes(fast.shapes, config.kv.block_size, fast.placement.pool)
     if device.type == "cpu":
         reserve = max(_step_estimate(config, model) for model in both) + drafting
         blocks, length = plan_pool(config, bytes_per_block, context, available_bytes(config.model.share), reserve)

@@ -11,6 +11,8 @@ import torch
 
 from engine.config import EngineConfig, ModelConfig, ParallelConfig
 from engine.errors import ConfigError, DeviceOutOfMemory, EngineDead, SlipstreamError
+from engine.kernels.library import library
+from engine.kernels.fp8 import CAPABILITY, E4M3
 from engine.protocols import AttentionBackend
 from engine.registry import ATTENTION, resolve
 from engine.runtime.cores import threads_of, usable_cores
@@ -23,16 +25,19 @@ _BACKENDS = {"cuda": ("triton_paged", "sdpa"), "cpu": ("paged_cpu", "sdpa")}
 # Backends that stand in for themselves with something slower: whether they would run as what they are.
 _USABLE = {"paged_cpu": "engine.attention.paged_cpu:usable"}
 _HALVES = (torch.bfloat16, torch.float16)
+ROUNDED = ("int8", "int4")  # weight formats beside which rounded keys and values do not show
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """`quant` is "none", or "fp16" for packed CPU linears. `detail` says what was chosen and why, for the user."""
+    """`quant` is "none", or the format of packed CPU linears. `detail` says what was chosen and why, for the user."""
 
     device: torch.device
-    dtype: torch.dtype  # of weights, activations and KV pool; logits and sampling are fp32 everywhere
+    dtype: torch.dtype  # of weights and activations; logits and sampling are fp32 everywhere
+    pool: torch.dtype  # of the KV pool
     quant: str
     detail: str
+    native: bool = False  # linear layers are packed for our own kernels
 
     @property
     def name(self) -> str:
@@ -43,17 +48,35 @@ class Placement:
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def weights_name(self) -> str:
+        """The format of the weights, and fbgemm where its kernels serve instead of ours."""
+        return self.quant if self.native or self.quant == "none" else f"{self.quant} by fbgemm"
 
-def place(model: ModelConfig, stored: torch.dtype | None) -> Placement:
-    """Decide for a checkpoint whose weights are `stored` as that type (None: it does not say).
+    @property
+    def pool_name(self) -> str:
+        """What a KV pool in another dtype than the model's adds to the name of its numerics."""
+        return "" if self.pool is self.dtype else f"{str(self.pool).removeprefix('torch.')} KV, "
 
-    Raises ConfigError for a device that is not there, and for packed linears with 16-bit activations.
+
+def place(model: ModelConfig, stored: torch.dtype | None, kv: str = "auto") -> Placement:
+    """Decide for a checkpoint whose weights are `stored` as that type (None: it does not say); `kv` is kv.dtype.
+
+    Raises ConfigError for a device that is not there, for packed linears with 16-bit activations, and for a pool of
+    another dtype than a model's in 16 bits.
     """
     device, why_device = _device(model.device)
     dtype, why_dtype = _dtype(model.dtype, device, stored)
-    quant, why_quant = _quant(model.quant, device, dtype)
+    quant, native, why_quant = _quant(model.quant, device, dtype)
     name = str(dtype).removeprefix("torch.")
-    return Placement(device, dtype, quant, f"{device}{why_device}, {name}{why_dtype}, weights: {quant}{why_quant}")
+    pool = _pool(kv, device, dtype, quant)
+    detail = f"{device}{why_device}, {name}{why_dtype}, weights: {quant}{why_quant}"
+    return Placement(device, dtype, pool, quant, f"{detail}, KV: {str(pool).removeprefix('torch.')}", native)
+
+
+def on_cpu(model: ModelConfig) -> bool:
+    """Whether `place` would take a CPU, where the type that weights are stored in decides nothing."""
+    return model.device == "cpu" or (model.device == "auto" and not torch.cuda.is_available())
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[AttentionBackend, str]:
@@ -145,18 +168,50 @@ def _dtype(asked: str, device: torch.device, stored: torch.dtype | None) -> tupl
     return dtype, ""
 
 
-def _quant(asked: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """Packed linears take fp32 activations on an x86 CPU, and nothing else."""
+def _quant(asked: str, device: torch.device, dtype: torch.dtype) -> tuple[str, bool, str]:
+    """The format of linear layers, whether our kernels serve it, and why. They take fp32 activations on an x86 CPU."""
     if asked == "none":
-        return "none", ""
-    possible = device.type == "cpu" and dtype is torch.float32 and packing_available()
-    if possible:
-        return "fp16", ""
-    if asked == "fp16":
+        return "none", False, ""
+    if asked == "fp8":
+        _check_fp8("models.quant", device, dtype)
+        return "fp8", True, ""
+    if device.type == "cpu" and dtype is torch.float32 and packing_available():
+        wanted = "fp16" if asked == "auto" else asked
+        if library() is not None:
+            return wanted, True, ""
+        if wanted != "fp16":
+            logger.warning("models.quant: %s needs the native kernels, which are missing: packed to fp16", wanted)
+        return "fp16", False, " (by fbgemm: no native kernels)"
+    if asked != "auto":
         if device.type == "cpu" and dtype is not torch.float32:
             raise ConfigError(
-                f"models.quant: fp16 packs linear layers for float32 activations; with models.dtype {dtype}"
+                f"models.quant: {asked} packs linear layers for float32 activations; with models.dtype {dtype}"
                 ", set models.quant to none"
             )
-        logger.warning("models.quant: fp16-packed linears need an x86 CPU; the weights stay exact %s", dtype)
-    return "none", " (packing needs an x86 CPU)" if device.type == "cpu" and dtype is torch.float32 else ""
+        logger.warning("models.quant: %s-packed linears need an x86 CPU; the weights stay exact %s", asked, dtype)
+    why = " (packing needs an x86 CPU)" if device.type == "cpu" and dtype is torch.float32 else ""
+    return "none", False, why
+
+
+def _check_fp8(key: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ConfigError where the device has no fp8, or the model does not run in 16 bits."""
+    least = ".".join(map(str, CAPABILITY))
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
+        raise ConfigError(f"{key}: fp8 needs a CUDA device of compute capability {least} or newer, not {device}")
+    if dtype not in _HALVES:
+        raise ConfigError(f"{key}: fp8 is for models in bfloat16 or float16, not {dtype}")
+
+
+def _pool(asked: str, device: torch.device, dtype: torch.dtype, quant: str) -> torch.dtype:
+    """Keys and values in fp16 halve what attention reads, and move logits less than packed weights of any kind do."""
+    if asked == "fp8_e4m3":
+        _check_fp8("kv.dtype", device, dtype)
+        return E4M3
+    if device.type == "cpu" and dtype is torch.float32:
+        rounded = asked == "fp16" or (asked == "auto" and quant in ROUNDED)
+        return torch.float16 if rounded else torch.float32
+    if asked not in ("auto", {torch.float32: "fp32", torch.float16: "fp16"}.get(dtype)):
+        raise ConfigError(
+            f"kv.dtype: {asked} is for models in float32 on a CPU; this one keeps {dtype} there, set auto"
+        )
+    return dtype

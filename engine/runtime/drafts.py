@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from engine.config import DraftConfig, EngineConfig, ModelConfig
+from torch import nn
+
+from engine.config import CACHE_DIR, DraftConfig, EngineConfig, ModelConfig
 from engine.errors import ConfigError
 from engine.hub.resolve import resolve as find
 from engine.models.draft_host import DraftHost, LoadedDraft, embedding_of, head_of
@@ -15,9 +17,10 @@ from engine.protocols import Drafter, Follower, Verifier, VerifierHead
 from engine.registry import DRAFT_MODELS, DRAFTERS, resolve
 from engine.runtime.assembly import build_verifiers
 from engine.runtime.batch import SeqInput
-from engine.runtime.loading import LoadedModel, OnPhase, phase
+from engine.runtime.loading import LoadedModel
+from engine.runtime.packing import pack_linears, weight_bytes
+from engine.runtime.phases import OnPhase, phase
 from engine.runtime.runner import ModelRunner
-from engine.runtime.weights import pack_linears, weight_bytes
 
 
 def load_draft(config: DraftConfig | None, loaded: LoadedModel, folder: Path, on_phase: OnPhase) -> LoadedDraft | None:
@@ -57,9 +60,15 @@ def draft_host(loaded: LoadedModel, folder: Path | None = None) -> DraftHost:
         dtype=placement.dtype,
         device=placement.device,
         context_length=loaded.context_length,
-        pack=pack_linears if placement.quant == "fp16" else lambda _: None,
+        pack=_packing(loaded),
         folder=folder,
     )
+
+
+def _packing(loaded: LoadedModel) -> Callable[[nn.Module], object]:
+    """Packs a draft network in place as its target is packed."""
+    quant = loaded.placement.quant
+    return (lambda _: None) if quant == "none" else (lambda network: pack_linears(network, quant, head=None))
 
 
 def scratch_blocks(config: EngineConfig, draft: LoadedDraft | None) -> int:
@@ -67,9 +76,9 @@ def scratch_blocks(config: EngineConfig, draft: LoadedDraft | None) -> int:
     return 0 if draft is None else config.scheduler.max_num_seqs * -(-draft.reach // config.kv.block_size)
 
 
-def bind_draft(draft: LoadedDraft, config: EngineConfig, num_blocks: int) -> Follower:
-    """The draft over a pool for a target with `num_blocks` blocks."""
-    total = num_blocks + scratch_blocks(config, draft)
+def bind_draft(draft: LoadedDraft, config: EngineConfig, num_blocks: int, scratch: int | None = None) -> Follower:
+    """The draft over a pool for a target with `num_blocks` blocks, with room for all requests, or `scratch` blocks."""
+    total = num_blocks + (scratch_blocks(config, draft) if scratch is None else scratch)
     return draft.bind(total, config.kv.block_size, range(num_blocks, total))
 
 
@@ -107,4 +116,4 @@ def _verifier_head(
 
 def find_folder(path: str) -> Path:
     """The folder of a second checkpoint: a folder as it is, or a hub id. Raises ModelLoadError."""
-    return find(path, Path("~/.cache/slipstream").expanduser())
+    return find(path, Path(CACHE_DIR).expanduser())

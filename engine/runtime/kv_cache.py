@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 
 import torch
+
+from engine.kernels.reference import as_bytes, put_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,9 @@ class LayerCache:
         return key, value
 
     def write(self, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store key [T, kv_heads, key_dim] and value [T, kv_heads, value_dim] at `slots` [T]."""
-        self.joint.index_copy_(0, slots, torch.cat((key.flatten(1), value.flatten(1)), dim=1))
+        """Store key [T, kv_heads, key_dim] and value [T, kv_heads, value_dim] at `slots` [T], as the pool's dtype."""
+        joint = torch.cat((key.flatten(1), value.flatten(1)), dim=1)
+        put_rows(self.joint, slots, joint)
 
 
 class PagedKVCache:
@@ -59,10 +63,8 @@ class PagedKVCache:
     ) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
-        # Zeroed, not empty: masked attention multiplies unread slots by 0, and 0 * NaN is NaN.
         self.layers = tuple(
-            LayerCache(torch.zeros(num_blocks * block_size, shape.width, dtype=dtype, device=device), shape)
-            for shape in shapes
+            LayerCache(_zeros(num_blocks * block_size, shape.width, dtype, device), shape) for shape in shapes
         )
 
     def compact(self, source: torch.Tensor, target: torch.Tensor) -> None:
@@ -72,7 +74,26 @@ class PagedKVCache:
         nothing: padding for a fixed k. No two pairs may write different things to one target.
         """
         for layer in self.layers:
-            layer.joint.index_copy_(0, target, layer.joint.index_select(0, source))
+            pool = as_bytes(layer.joint)
+            pool.index_copy_(0, target, pool.index_select(0, source))
+
+
+def _zeros(slots: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A layer's pool. Zeroed, not empty: masked attention multiplies unread slots by 0, and 0 * NaN is NaN.
+
+    On a CPU fresh pages of the system, which are 0 without being touched: a pool takes no memory that is not used yet,
+    and no time at the start.
+    """
+    size = slots * width * dtype.itemsize
+    if device.type != "cpu" or size < mmap.PAGESIZE:
+        return torch.zeros(slots, width, dtype=dtype, device=device)
+    try:
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{size} bytes of a KV pool can't be had: {error.strerror}") from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(slots, width)
 
 
 def block_bytes(shapes: tuple[LayerShape, ...], block_size: int, dtype: torch.dtype) -> int:

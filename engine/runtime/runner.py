@@ -12,7 +12,7 @@ from engine.models.context import PagedContext, Taps
 from engine.models.draft_host import head_of
 from engine.models.taps import head_inputs
 from engine.protocols import AttentionBackend, Follower
-from engine.runtime.batch import AttentionMode, SeqInput, pack
+from engine.runtime.batch import AttentionMode, DeviceBatch, Packer, SeqInput
 from engine.runtime.kv_cache import PagedKVCache
 from engine.runtime.transfer import to_device
 
@@ -25,6 +25,7 @@ class ModelRunner:
         self.cache = cache
         self.attention = attention
         self._follower: Follower | None = None
+        self._packer = Packer(cache.block_size, adapter.device)
 
     def follow(self, follower: Follower) -> None:
         """From now on `follower` hears of every pass and every move of slots."""
@@ -46,10 +47,13 @@ class ModelRunner:
         block_length: int = 1,
     ) -> torch.Tensor:
         """Feed all inputs in one pass; fp32 logits [len(rows), vocabulary] of the given rows of the packed tokens."""
-        device = self.adapter.device
-        batch = pack(inputs, self.cache.block_size, device, mode, block_length)
+        batch = self._packer.pack(inputs, mode, block_length)
+        (wanted,) = to_device([torch.tensor(rows, dtype=torch.long)], self.adapter.device)
+        return self.forward_batch(batch, wanted)
+
+    def forward_batch(self, batch: DeviceBatch, wanted: torch.Tensor) -> torch.Tensor:
+        """`forward` of a batch and rows [m] that are on the device."""
         context = PagedContext(self.cache, self.attention.prepare(batch), batch.slots)
-        (wanted,) = to_device([torch.tensor(rows, dtype=torch.long)], device)
         if self._follower is None:
             return self.adapter.forward(batch.ids, batch.positions, wanted, context)
         taps = Taps(self._follower.taps)

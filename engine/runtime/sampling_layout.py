@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from engine.runtime.logit_rules import LogitRules
 from engine.runtime.rng import Draw
 from engine.runtime.sampling_state import SamplingState
-from engine.runtime.truncation import Truncation, truncates
+from engine.runtime.truncation import NEVER, Truncation, truncates
+
+_WORD = 1 << 64
+POSITION, PURPOSE, STEP = 2, 3, 4  # columns of keys
 
 
 class RowGroup:
@@ -36,9 +42,15 @@ class RowGroup:
 
 
 class Layout:
-    """A batch composition. `greedy`, `free` (temperature alone) and `truncated` share out the rows; None where none."""
+    """A batch composition. `greedy`, `free` (temperature alone) and `truncated` share out the rows; None where none.
 
-    def __init__(self, states: Sequence[SamplingState], vocab_size: int, device: torch.device) -> None:
+    `wishes` and `keys()` say the same to `kernels.choose`.
+    """
+
+    def __init__(
+        self, states: Sequence[SamplingState], vocab_size: int, device: torch.device, *, ruled: bool = True
+    ) -> None:
+        """`ruled`: false where the rules are done with."""
         self._states = list(states)  # held, so that identity stays a valid test
         self._device = device
         sampled = [row for row, state in enumerate(states) if not state.greedy]
@@ -49,10 +61,27 @@ class Layout:
         self.free = RowGroup(free, states, device) if free else None
         self.truncated = RowGroup(truncated, states, device) if truncated else None
         self.truncation = Truncation([states[row].sampling for row in truncated], vocab_size, device)
-        self.rules = LogitRules(states, vocab_size, device)
+        self.rules = LogitRules(states if ruled else (), vocab_size, device)
         self.plain_greedy = not sampled and not self.rules
+        self.wishes = np.array([_wishes(state, vocab_size) for state in states], dtype=np.float64).reshape(-1, 5)
+        self._keys = np.array([[part % _WORD for part in state.draw()] for state in states], dtype=np.uint64)
+
+    def keys(self) -> npt.NDArray[np.uint64]:
+        """[rows, 5]: what each row is drawn with now."""
+        keys = self._keys.reshape(-1, 5).copy()
+        keys[:, POSITION] = [state.position for state in self._states]
+        return keys
 
     def fits(self, states: Sequence[SamplingState], device: torch.device) -> bool:
         """Was this laid out for these very states?"""
         same = len(states) == len(self._states) and device == self._device
         return same and all(new is old for new, old in zip(states, self._states, strict=True))
+
+
+def _wishes(state: SamplingState, vocab_size: int) -> tuple[float, ...]:
+    """As `kernels.choose` takes them."""
+    given = state.sampling
+    if state.greedy:
+        return 0.0, NEVER, 1.0, 0.0, 0.0
+    floor = math.log(given.min_p) if given.min_p > 0 else NEVER
+    return given.temperature, floor, given.top_p, float(given.top_k if given.top_k < vocab_size else 0), 0.0

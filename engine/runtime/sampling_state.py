@@ -75,8 +75,10 @@ class SamplingState:
 
     def _copy(self) -> SamplingState:
         new = object.__new__(SamplingState)
-        for name in self.__slots__:
-            setattr(new, name, getattr(self, name))
+        new.sampling, new.position, new.num_outputs = self.sampling, self.position, self.num_outputs
+        new.allowed, new.bias, new.counts = self.allowed, self.bias, self.counts
+        new._choice, new._purpose, new._step = self._choice, self._purpose, self._step
+        new._bans, new._min_bans = self._bans, self._min_bans
         if self.counts is not None:
             new.counts = self.counts.copy()
         if self._bans is not None:

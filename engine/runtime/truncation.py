@@ -66,9 +66,7 @@ class Truncation:
         pending = self._cuts
         if not pending.numel():
             return thresholds, sizes
-        mass = torch.ones_like(self._top_p)
-        if self._needs_mass:  # softmax, for its sums do not depend on the batch; its largest entry is exp(0) / mass
-            mass = scores.softmax(1).amax(1).double().reciprocal()
+        mass = mass_of(scores) if self._needs_mass else torch.ones_like(self._top_p)
         for window in (*(size for size in _WINDOWS if size < self._vocab_size), self._vocab_size):
             values = _largest(scores if len(pending) == len(scores) else scores[pending], window)
             size, settled = self._sizes(values, pending, mass[pending])
@@ -90,6 +88,11 @@ class Truncation:
         nucleus = (cumulative < (top_p * mass).unsqueeze(1)).sum(1) + 1
         size = torch.where(top_p < 1, torch.minimum(nucleus, limit), limit)
         return size, (size <= window) & ((limit <= window) | (limit == self._vocab_size))
+
+
+def mass_of(scores: Tensor) -> Tensor:
+    """The sum of exp of each row [m] float64, of scores [m, V] whose largest is 0."""
+    return scores.softmax(1).amax(1).double().reciprocal()  # softmax, for its sums do not depend on the batch
 
 
 def _largest(values: Tensor, count: int) -> Tensor:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
-import mmap
 import zlib
 from pathlib import Path
 
@@ -14,13 +12,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from engine.errors import ModelLoadError
 from engine.models.families.table import find_family
 from engine.models.support import check_supported
-from engine.runtime.linear import PackedLinear, pack_linear
 
 logger = logging.getLogger(__name__)
 # What a network of another kind, or a broken folder, raises while it is built.
@@ -35,7 +31,6 @@ _LOAD_FAILURES = (
     TypeError,
     ValueError,
 )
-MADV_PAGEOUT = 21  # <linux/mman.h>; safe on any memory, unlike MADV_DONTNEED
 
 
 def load_config(folder: Path) -> PretrainedConfig:
@@ -125,46 +120,6 @@ def _stored_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype) ->
             names = ", ".join(sorted(str(name) for name in info[problem])[:3])
             raise ModelLoadError(f"{folder.name}: {problem.replace('_', ' ')} in the weights: {names}")
     return model
-
-
-@torch.inference_mode()
-def pack_linears(model: torch.nn.Module) -> int:
-    """Replace linear layers by fp16-packed ones, in place; their number. What stays is copied out of the file."""
-    packed = 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Conv1D):
-                setattr(parent, name, PackedLinear(child.weight.T, child.bias))
-                packed += 1
-            elif type(child) is torch.nn.Linear:
-                setattr(parent, name, pack_linear(child))
-                release_pages(child)
-                packed += 1
-    # One tensor that still points into the file would keep all of its pages in memory.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return packed
-
-
-def weight_bytes(module: torch.nn.Module) -> int:
-    """What a module's weights take, packed ones as packed; shared ones count once."""
-    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*module.parameters(), *module.buffers())}
-    packed = sum(part.packed_bytes for part in module.modules() if isinstance(part, PackedLinear))
-    return sum(held.values()) + packed
-
-
-def release_pages(module: torch.nn.Module) -> None:
-    """Let the kernel drop the pages of weights that are no longer read: half of the peak memory of a start.
-
-    They are mapped from the checkpoint, so nothing is lost; a kernel without MADV_PAGEOUT (before 5.4) just says no.
-    """
-    libc = ctypes.CDLL(None)
-    for parameter in module.parameters():
-        if parameter.device.type == "cpu":
-            begin = -(-parameter.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-            length = parameter.data_ptr() + parameter.nbytes - begin
-            if length > 0:
-                libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), MADV_PAGEOUT)
 
 
 def _read_config(folder: Path) -> dict[str, object]:

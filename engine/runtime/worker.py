@@ -13,7 +13,7 @@ from engine.config import EngineConfig
 from engine.diffusion import DiffusionSpec
 from engine.errors import DeviceOutOfMemory, InsufficientMemory
 from engine.models.draft_host import LoadedDraft
-from engine.protocols import Pipeline, PricedPipeline
+from engine.protocols import LaunchingPipeline, Pipeline, PricedPipeline, StepHandle
 from engine.runtime.assembly import build_denoiser, build_drafter, build_pipeline, build_rules
 from engine.runtime.costs import Costs, measure_costs
 from engine.runtime.denoising import load_fast, settle_model
@@ -21,8 +21,10 @@ from engine.runtime.device_memory import memory_of, size_pool
 from engine.runtime.devices import device_failure, prepare_engine
 from engine.runtime.drafts import bind_draft, load_draft, offer_verifiers
 from engine.runtime.kv_cache import block_bytes
-from engine.runtime.loading import LoadedModel, OnPhase, load_checked, phase
+from engine.runtime.loading import LoadedModel, load_checked
+from engine.runtime.phases import OnPhase, phase
 from engine.runtime.runner import ModelRunner
+from engine.runtime.running_ahead import SPARE, draft_scratch, run_ahead, runs_ahead
 from engine.types import Capacity, DecodeTraits, StepOutput, StepPlan
 
 logger = logging.getLogger(__name__)
@@ -38,23 +40,42 @@ class DoneHandle:
         return self.output
 
 
+@dataclass(frozen=True, slots=True)
+class LaunchedHandle:
+    """A step under way on a device whose failures may show as late as in its results."""
+
+    step: StepHandle
+    device: torch.device
+
+    def result(self) -> StepOutput:
+        try:
+            return self.step.result()
+        except RuntimeError as error:
+            raise device_failure(error, self.device) or error from error
+
+
 class LocalWorker:
     """A worker in this process, on one device. See `protocols.Worker`."""
 
     def __init__(self, config: EngineConfig, folder: Path, on_phase: OnPhase) -> None:
         prepare_engine(config)
         config = settle_model(config, folder)
-        loaded = load_checked(config.model, folder, on_phase)
+        cache = Path(config.cache_dir).expanduser()
+        loaded = load_checked(config.model, folder, on_phase, config.kv.dtype, cache)
         loaded.attention.check_block_size(config.kv.block_size)
         self._device = loaded.placement.device
         draft = load_draft(config.model.draft, loaded, folder, on_phase)
-        fast = load_fast(config.model, loaded, folder, on_phase)
+        fast = load_fast(config, loaded, folder, on_phase)
         with phase("KV pool", on_phase) as note:
-            size = block_bytes(loaded.shapes, config.kv.block_size, loaded.placement.dtype)
+            size = block_bytes(loaded.shapes, config.kv.block_size, loaded.placement.pool)
             blocks, max_len, step = size_pool(config, loaded, size, _lookahead(config, draft), draft, fast)
-            runner = loaded.runner(blocks, config.kv.block_size)
+            ahead = runs_ahead(config, loaded)
+            runner = loaded.runner(blocks + SPARE * ahead, config.kv.block_size)
             note += [f"{blocks} blocks of {config.kv.block_size} tokens, {blocks * size / 2**20:.0f} MiB", step]
-            follower = None if draft is None else bind_draft(draft, config, blocks)
+            follower = None
+            if draft is not None:
+                scratch = draft_scratch(config, draft) if ahead else None
+                follower = bind_draft(draft, config, blocks + SPARE * ahead, scratch)
             if follower is not None:
                 runner.follow(follower)
             self.memory = memory_of(loaded, draft, config, blocks, fast)
@@ -78,6 +99,8 @@ class LocalWorker:
                 costs = measure_costs(config, runner, None if follower is None else drafter, blocks, traits.max_draft)
                 cast(PricedPipeline, self._pipeline).set_costs(costs.steps, costs.drafts, costs.trees)
                 note.append(str(costs))
+        if ahead:
+            self._pipeline = run_ahead(config, self._pipeline, runner, drafter, blocks, max_len, on_phase)
         cards = tuple(verifier.card for verifier in verifiers)
         self._capacity = replace(
             offer, traits=traits, step_costs=costs.steps, draft_costs=costs.drafts, verifiers=cards
@@ -86,9 +109,11 @@ class LocalWorker:
     def capacity(self) -> Capacity:
         return self._capacity
 
-    def submit(self, plan: StepPlan) -> DoneHandle:
+    def submit(self, plan: StepPlan) -> StepHandle:
         """Raises DeviceOutOfMemory when the step did not fit, and EngineDead when the device is beyond repair."""
         try:
+            if isinstance(self._pipeline, LaunchingPipeline):
+                return LaunchedHandle(self._pipeline.submit(plan), self._device)
             return DoneHandle(self._pipeline.execute(plan))
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError among them
             failure = device_failure(error, self._device)

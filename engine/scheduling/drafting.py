@@ -81,13 +81,13 @@ class DraftControl:
         for i, seq in enumerate(seqs):
             chance = rate = survival_rate(seq.survival)
             for _ in range(bounds[i]):
-                offers.append((chance, i))
+                offers.append((-chance, i))
                 chance *= rate
-        offers.sort(key=lambda offer: -offer[0])  # a sequence's own chances fall, so they stay in order
+        offers.sort()  # a sequence's own chances fall, so they stay in order
         seconds = self._costs.upto(fed + len(offers))
         tokens, best, kept = float(len(seqs)), len(seqs) / seconds[fed], 0
         for count, (chance, _) in enumerate(offers, start=1):
-            tokens += chance
+            tokens -= chance
             speed = tokens / seconds[fed + count]
             if speed > best:
                 best, kept = speed, count

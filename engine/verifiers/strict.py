@@ -7,6 +7,8 @@ and not drawn this accepts as often as any lossless rule can: with the probabili
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from engine.protocols import DraftProposal, TargetRows, Verdict
@@ -33,6 +35,20 @@ class StrictVerifier:
         steps = torch.arange(width, device=tokens.device).expand_as(tokens)
         path = torch.where(steps < accepted.unsqueeze(1), steps, -1)
         return Verdict(accepted, path, draws.gather(1, accepted.unsqueeze(1)).squeeze(1))
+
+    def path(self, drafts: Sequence[int], parents: Sequence[int] | None, draws: Sequence[int]) -> list[int]:
+        """See `protocols.PathVerifier`."""
+        if parents is None:
+            stood = 0
+            while stood < len(drafts) and drafts[stood] == draws[stood]:
+                stood += 1
+            return list(range(stood))
+        nodes = {(parent, token): node for node, (parent, token) in enumerate(zip(parents, drafts, strict=True))}
+        path: list[int] = []
+        last: int | None = -1
+        while last is not None and (last := nodes.get((last, draws[last + 1]))) is not None:
+            path.append(last)
+        return path
 
 
 def _walk(tokens: torch.Tensor, parents: torch.Tensor, draws: torch.Tensor) -> Verdict:

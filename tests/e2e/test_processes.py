@@ -131,7 +131,7 @@ def test_a_front_that_is_killed_takes_its_engine_along(tiny_folder: Path) -> Non
 
 
 def test_output_that_nobody_reads_and_a_long_path_for_temporary_files(tiny_folder: Path) -> None:
-    """As in `slipstream serve | head -1`; and sockets can't have paths of 200 characters."""
+    """As in `slipstream serve | head -1`."""
     with ServerProcess(str(tiny_folder), port=free_port(), temporary="t" * 150, unread=True) as server:
         assert complete(server.wait_ready().url, "a")
         server.assert_clean_end()

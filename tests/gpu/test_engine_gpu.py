@@ -260,7 +260,6 @@ def test_out_of_memory_ends_the_step_and_gives_everything_back(folder: Path, mon
 
 def test_bench_step_on_the_shape_of_a_real_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("msgspec")
-    pytest.importorskip("zmq")
     from server import cli
 
     if torch.cuda.get_device_properties(0).total_memory < 40 << 30:

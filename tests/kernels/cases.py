@@ -21,6 +21,7 @@ class Case:
     fold: int = 3
     dims: tuple[int, int] = (24, 16)  # of keys, of values
     dtype: str = "float32"
+    pool: str = ""  # its type, where it is another
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
@@ -29,6 +30,7 @@ class Case:
     processors: int = 132
     bound: int = 0
     grown: int = 0
+    bounded: bool = False  # planned on the device; all queries have one length
 
 
 @dataclass(frozen=True)

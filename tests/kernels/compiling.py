@@ -6,14 +6,19 @@ import re
 import subprocess
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
-from engine.attention import triton_step
+from engine.attention import triton_plan, triton_step
 from engine.attention.triton_step import TritonStep
 from engine.attention.work import Machine, Tile
+from engine.kernels import triton_draw, triton_ops
+from engine.kernels.layout import HeadLayout
+from engine.kernels.reference import ACTIVATIONS
+from engine.runtime.kv_cache import LayerCache, LayerShape
 from tests.kernels.cases import Case, Compiled
 from tests.kernels.scenario import Scenario
 
@@ -52,8 +57,14 @@ class CompileOnly:
         return compile_for
 
 
-triton_step.paged_attention = CompileOnly(triton_step.paged_attention)
-triton_step.merge_splits = CompileOnly(triton_step.merge_splits)
+for module, names in {
+    triton_step: ("paged_attention", "merge_splits"),
+    triton_plan: ("lay_out",),
+    triton_draw: ("best_of_chunk", "best_of_row"),
+    triton_ops: ("add_norm_rows", "head_rows", "gated_rows"),
+}.items():
+    for name in names:
+        setattr(module, name, CompileOnly(getattr(module, name)))
 
 
 def compile_step(case: Case, architecture: int) -> list[Compiled]:
@@ -66,9 +77,39 @@ def compile_step(case: Case, architecture: int) -> list[Compiled]:
     tiles = iter([launch.tile for made in step._launches.values() for launch in made])
     found: list[Compiled] = []
     for name, kernel in _kernels:
-        shape = found[-1].tile if name == "merge_splits" else _shape(next(tiles))
-        found.append(_describe(name, kernel, shape))
+        if name == "paged_attention":
+            shape = _shape(next(tiles))
+        found.append(_describe(name, kernel, (0, 0, 0) if name == "lay_out" else shape))
     return found
+
+
+def compile_others(model: str, dtype: str, architecture: int) -> list[Compiled]:
+    """What a decoding step of that model would launch besides products and attention."""
+    driver.set_active(AbsentGpu(architecture))
+    _kernels.clear()
+    kind, pool = getattr(torch, dtype), torch.float8_e4m3fn if dtype == "bfloat16" else getattr(torch, dtype)
+    width, heads, inner, vocabulary, normed = {
+        "qwen3-8b": (4096, LayerShape(8, 128, 128), 12288, 151936, True),
+        "llama-3.1-8b": (4096, LayerShape(8, 128, 128), 14336, 128256, False),
+        "gemma-3": (640, LayerShape(1, 256, 256), 2048, 262144, True),
+    }[model]
+    tokens, queries = 16, 4 * heads.kv_heads
+    x, weight = torch.empty(tokens, width, dtype=kind), torch.empty(width, dtype=kind)
+    norm = torch.empty(heads.key_dim, dtype=kind) if normed else None
+    cos = torch.empty(tokens, heads.key_dim)
+    qkv = torch.empty(tokens, queries * heads.key_dim + heads.width, dtype=kind)
+    slots = torch.empty(tokens, dtype=torch.int64)
+    layout = HeadLayout(queries, query_norm=norm, key_norm=norm)
+    triton_ops.add_rms_norm(x, x.clone(), weight, 1e-6, 0.0, None)
+    triton_ops.add_rms_norm(x, None, weight, 1e-6, 1.0, None)
+    for kept in (kind, pool):
+        cache = LayerCache(torch.empty(64, heads.width, dtype=kept), heads)
+        triton_ops.head_norm_rope_write(qkv, cos, cos, slots, cache, layout)
+    for name in ACTIVATIONS:
+        triton_ops.gated_activation(torch.empty(tokens, 2 * inner, dtype=kind), name, None)
+    keys, position, heat = torch.empty(2, tokens, dtype=torch.int64), slots, torch.empty(tokens)
+    triton_draw.draw(torch.empty(tokens, vocabulary), keys, position, heat)
+    return [_describe(name, kernel, (0, 0, 0)) for name, kernel in _kernels]
 
 
 def _shape(tile: Tile) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ import torch
 from engine.attention.sdpa import SdpaAttention
 from engine.protocols import StepAttention
 from engine.runtime.batch import AttentionMode, SeqInput, TreeRows, pack
-from engine.runtime.kv_cache import LayerCache, LayerShape, PagedKVCache
+from engine.runtime.kv_cache import LayerCache, LayerShape
 from tests.kernels.cases import Case
 
 CPU = torch.device("cpu")
@@ -27,6 +27,7 @@ class Scenario:
         mode = AttentionMode(case.mode)
         shape = LayerShape(case.kv_heads, *case.dims)
         dtype = getattr(torch, case.dtype)
+        pool = getattr(torch, case.pool or case.dtype)
         needed = [-(-keys // case.page) for _, keys in case.lengths]
         spare = torch.randperm(sum(needed) + 2).tolist()
         inputs, written = [], []
@@ -39,11 +40,13 @@ class Scenario:
             inputs.append(SeqInput([1] * queries, max(keys - queries - ahead, 0), table, keys, tree))
             written += [table[key // case.page] * case.page + key % case.page for key in range(keys)]
         batch = pack(inputs, case.page, CPU, mode, BLOCK_LENGTH)
-        self.batch = replace(batch, kv_lens_host=tuple(keys + case.bound for keys in batch.kv_lens_host))
+        told = tuple(keys + case.bound for keys in batch.kv_lens_host)
+        told = (max(told),) * len(told) if case.bounded else told
+        self.batch = replace(batch, kv_lens_host=told, bounded=case.bounded)
         self.exact = batch
-        self.cache = PagedKVCache((shape,), sum(needed) + 2, case.page, dtype, CPU).layers[0]
-        self.cache.joint.fill_(float("nan"))
-        self.cache.joint[written] = torch.randn(len(written), shape.width).to(dtype)
+        joint = torch.full(((sum(needed) + 2) * case.page, shape.width), float("nan"))
+        joint[written] = torch.randn(len(written), shape.width)
+        self.cache = LayerCache(joint.to(pool), shape)
         heads = case.kv_heads * case.fold
         self.query = torch.randn(batch.ids.numel(), heads + 2, shape.key_dim).to(dtype)[:, 1:-1]
         self.sinks = torch.randn(heads) if case.sinks else None

@@ -41,6 +41,12 @@ STEPS = {
     "gemma-2 prefill": replace(GEMMA_2, lengths=PREFILL),
     "heads 256 wide, verify": Case(lengths=VERIFY, kv_heads=2, fold=4, dims=(256, 256), dtype="bfloat16"),
     "phi dimensions prefill": Case(lengths=PREFILL, kv_heads=8, fold=4, dims=(80, 80), dtype="float16"),
+    "qwen3-8b captured decode": replace(QWEN3_8B, lengths=((1, 1000),) * 32, bound=31000, bounded=True),
+    "qwen3-8b captured verify": replace(QWEN3_8B, lengths=((16, 1000),) * 32, bound=31000, bounded=True),
+    "qwen3-8b decode, fp8 pool": replace(QWEN3_8B, lengths=DECODE, pool="float8_e4m3fn"),
+    "qwen3-8b verify, fp8 pool": replace(QWEN3_8B, lengths=VERIFY, pool="float8_e4m3fn"),
+    "qwen3-8b prefill, fp8 pool": replace(QWEN3_8B, lengths=PREFILL, pool="float8_e4m3fn"),
+    "qwen3-8b captured draft": replace(QWEN3_8B, mode="bidirectional", lengths=((16, 99),) * 8, bounded=True),
     "everything at once": Case(
         "tree",
         lengths=VERIFY,
@@ -95,3 +101,16 @@ def test_float32_is_exact(compiled: Compile) -> None:
     case = Case(lengths=VERIFY, kv_heads=2, fold=4, dims=(64, 64), dtype="float32")
     kernel = compiled("compile_step", case, 90)[0]
     assert kernel.wgmma == kernel.mma == 0 and kernel.stack == 0
+
+
+@pytest.mark.parametrize(("model", "architecture"), [("qwen3-8b", 90), ("llama-3.1-8b", 90), ("gemma-3", 80)])
+def test_what_stands_between_products(compiled: Compile, model: str, architecture: int) -> None:
+    """Norms, heads, activations and draws: no registers spill. fp8 pools are for newer GPUs."""
+    dtype = "bfloat16" if architecture >= 89 else "float16"
+    found = compiled("compile_others", model, dtype, architecture)
+    assert {kernel.kernel for kernel in found} == {
+        *("add_norm_rows", "head_rows", "gated_rows", "best_of_chunk", "best_of_row")
+    }
+    for kernel in found:
+        sys.stdout.write(f"\n{model:29} sm_{architecture} {kernel.row()}")
+        assert kernel.binary > 500 and kernel.stack == 0

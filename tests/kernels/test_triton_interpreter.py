@@ -56,6 +56,13 @@ def test_half_precision_pools(interpreted: Interpreted, mode: str, dtype: str, t
     assert interpreted("attend", Case(mode, dtype=dtype, fold=4, dims=(80, 80), window=20)).error < tolerance
 
 
+@pytest.mark.parametrize("options", ["plain", "all"])
+def test_eight_bit_pools(interpreted: Interpreted, options: str) -> None:
+    """Read in place and widened to the query's type, whatever the pool holds where nothing was written."""
+    case = replace(OPTIONS[options], dtype="float16", pool="float8_e4m3fn", fold=4, dims=(64, 32))
+    assert interpreted("attend", case).error < 2e-3
+
+
 @pytest.mark.parametrize("query", [1, 2, 5, 17, 32])
 @pytest.mark.parametrize("mode", MODES)
 def test_keys_are_split_for_every_short_query(interpreted: Interpreted, mode: str, query: int) -> None:
@@ -103,3 +110,53 @@ def test_a_query_without_keys_gives_zero(interpreted: Callable[..., list[float]]
     """Rows that only pad a captured batch: no NaN, which would reach a check for it."""
     empty, full = interpreted("attend_empty", Case(lengths=((3, 40), (2, 30)), sinks=sinks))
     assert empty == 0.0 and full > 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "query", "mode"),
+    [*((options, 1, "causal") for options in OPTIONS), ("all", 9, "causal"), ("all", 9, "bidirectional")],
+)
+def test_a_plan_made_on_the_device(interpreted: Interpreted, options: str, query: int, mode: str) -> None:
+    """One long sequence among short ones, in a launch that was sized for the longest there can be."""
+    lengths = ((query, 10 + query), (query, 300), (query, query))
+    case = replace(OPTIONS[options], mode=mode, lengths=lengths, bound=900, bounded=True, tile=(16, 16), processors=4)
+    report = interpreted("attend", case)
+    assert report.error < EXACT and report.launches == 1
+    assert report.splits > 2 or OPTIONS[options].window is not None
+
+
+def test_rows_that_pad_a_planned_step_give_zero(interpreted: Callable[..., list[float]]) -> None:
+    empty, full = interpreted("attend_empty", Case(lengths=((3, 40), (3, 30)), bounded=True, bound=300, processors=4))
+    assert empty == 0.0 and full > 0.1
+
+
+@pytest.mark.parametrize(
+    ("count", "query", "fold", "kv_heads", "window"),
+    [
+        (1, 1, 4, 8, None),
+        (32, 1, 4, 8, None),
+        (8, 16, 8, 2, 100),
+        (5, 3, 3, 1, 20),
+        (256, 1, 4, 8, None),
+        (3, 40, 4, 8, None),
+    ],
+)
+def test_the_device_plans_as_its_twin(
+    interpreted: Callable[..., list[int]], count: int, query: int, fold: int, kv_heads: int, window: int | None
+) -> None:
+    used = interpreted("plan_on_device", count, query, fold, kv_heads, window, 6000)
+    assert min(used) >= count
+
+
+@pytest.mark.parametrize("vocabulary", [259, 2060])
+def test_draws_are_those_of_the_twin(interpreted: Callable[..., None], vocabulary: int) -> None:
+    interpreted("draw_tokens", vocabulary)
+
+
+# The interpreter cuts bfloat16 off where a GPU rounds.
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("float16", 1e-3), ("bfloat16", 1.6e-2)])
+def test_what_stands_between_products(
+    interpreted: Callable[..., dict[str, float]], dtype: str, tolerance: float
+) -> None:
+    found = interpreted("between_products", dtype)
+    assert len(found) == 12 and max(found.values()) < tolerance, found

@@ -16,7 +16,7 @@ from engine.models.fusion import fused_levels
 from engine.runtime.batch import SeqInput, pack
 from engine.runtime.kv_cache import PagedKVCache
 from engine.runtime.runner import ModelRunner
-from engine.runtime.weights import pack_linears
+from engine.runtime.packing import pack_linears
 from tests.contract import paged
 from tests.families import LAYERS, VOCAB, family, random_model
 

@@ -50,6 +50,8 @@ def paged(batch: DeviceBatch) -> PagedBatch:
         batch.block_size,
         MODES.index(batch.mode.value),
         batch.block_length,
+        batch.tree_starts,
+        batch.tree_masks,
     )
 
 
@@ -65,7 +67,7 @@ def scene(
     blocks = torch.randperm(total, generator=random).tolist()
     inputs = []
     for (query_len, kv_len), count in zip(lengths, counts, strict=True):
-        behind = 0 if mode == "causal" else min(2, kv_len - query_len)
+        behind = 0 if mode in ("causal", "tree") else min(2, kv_len - query_len)
         inputs.append(
             SeqInput([1] * query_len, kv_len - query_len - behind, [blocks.pop() for _ in range(count)], kv_len)
         )

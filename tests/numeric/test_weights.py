@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from engine.errors import ModelLoadError
 from engine.runtime.linear import PackedLinear, pack_linear
-from engine.runtime.weights import load_config, load_model, pack_linears
+from engine.runtime.packing import pack_linears
+from engine.runtime.weights import load_config, load_model
 from tests.tiny import save_tiny
 
 CPU = torch.device("cpu")

@@ -34,7 +34,7 @@ def test_help_names_every_command_and_imports_nothing_heavy(capsys: pytest.Captu
     code = "import sys; from server.cli import main; main(['--help']); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     modules = set(done.stdout.splitlines()[-1].split())
-    assert not modules & {"argparse", "yaml", "httpx", "pydantic", "fastapi", "asyncio", "zmq"}
+    assert not modules & {"argparse", "yaml", "httpx", "pydantic", "fastapi", "asyncio"}
 
 
 @pytest.mark.parametrize("name", [name for name in cli.COMMANDS if " " in name])

@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 
 from engine.async_engine import AsyncEngine
+from engine.cluster.channel import framed
 from engine.config import EngineConfig, ModelConfig, SchedulerConfig
 from engine.errors import ContextLengthExceeded, InvalidRequest, Overloaded, StepFailed
 from engine.front.output import RequestOutput
@@ -290,8 +291,8 @@ async def test_a_failed_step_ends_its_own_requests(served: Engine) -> None:
 async def test_garbage_on_the_wire_is_dropped(served: Engine) -> None:
     client = served.engine._client
     assert client is not None
-    for frames in ((b"a",), (b"a", b"\xff"), (b"?", b""), (b"a", b"cos\nsystem\n(S'true'\ntR.")):
-        client._channel._sender.send_multipart(frames)
+    for kind, body in ((b"a", b"\xff"), (b"?", b""), (b"a", b"cos\nsystem\n(S'true'\ntR.")):
+        client._channel.send_raw(framed(kind, body))
     served.gate.open()
     asked = ask(26, 2)
     assert text((await read(served.engine, asked))[asked.id]) == "ab"

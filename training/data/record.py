@@ -38,8 +38,8 @@ class RecordingWorker:
 
     def __init__(self, config: EngineConfig, folder: Path, taps: tuple[int, ...]) -> None:
         prepare_torch(config.parallel)
-        loaded = load_checked(config.model, folder, lambda _: None)
-        size = block_bytes(loaded.shapes, config.kv.block_size, loaded.placement.dtype)
+        loaded = load_checked(config.model, folder, lambda _: None, config.kv.dtype)
+        size = block_bytes(loaded.shapes, config.kv.block_size, loaded.placement.pool)
         blocks, max_len, _ = size_pool(config, loaded, size)
         runner = loaded.runner(blocks, config.kv.block_size)
         width = loaded.adapter.config.hidden_size

@@ -104,12 +104,12 @@ class RolloutWorker:
     def __init__(self, config: EngineConfig, folder: Path, head: VerifierHead) -> None:
         """Raises ConfigError where the drafter has nothing that a head could be trained on."""
         prepare_torch(config.parallel)
-        loaded = load_checked(config.model, folder, lambda _: None)
+        loaded = load_checked(config.model, folder, lambda _: None, config.kv.dtype)
         draft = load_draft(config.model.draft, loaded, folder, lambda _: None)
         if draft is None or config.model.draft is None:
             raise ConfigError("--draft: a verifier's head is trained with a draft network")
         most = config.model.draft.max_draft or draft.most
-        size = block_bytes(loaded.shapes, config.kv.block_size, loaded.placement.dtype)
+        size = block_bytes(loaded.shapes, config.kv.block_size, loaded.placement.pool)
         blocks, max_len, _ = size_pool(config, loaded, size, most, draft)
         runner = loaded.runner(blocks, config.kv.block_size)
         follower = bind_draft(draft, config, blocks)

@@ -53,12 +53,16 @@ class DFlashModel:
 
     @torch.inference_mode()
     def blocks(self, anchors: Sequence[int], asks: Sequence[DraftAsk]) -> tuple[torch.Tensor, torch.Tensor]:
-        spec = self.spec
         inputs = [
             self._input(place, anchor, ask) for place, (anchor, ask) in enumerate(zip(anchors, asks, strict=True))
         ]
         batch = pack(inputs, self.cache.block_size, self._host.device, AttentionMode.BIDIRECTIONAL)
-        size, count, width = spec.block_size, len(asks), spec.hidden_size
+        return self.blocks_of(batch, min(max(ask.limit for ask in asks), self.most))
+
+    def blocks_of(self, batch: DeviceBatch, scored: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`blocks` of a batch of whole blocks, whose first ids are the anchors; the first `scored` tokens of each."""
+        spec = self.spec
+        size, count, width = spec.block_size, batch.num_seqs, spec.hidden_size
         embedded = self._mask.repeat(size * count, 1).view(count, size, width)
         embedded[:, 0] = self._embed(batch.ids.view(count, size)[:, 0])
         prepare = self._host.attention.prepare
@@ -67,10 +71,20 @@ class DFlashModel:
         }
         outcome = self.network(embedded.view(-1, width), batch.positions, batch.slots, self.cache, attention)
         # Every slot took part in the pass, but only those that somebody asked for are scored.
-        first, scored = int(not spec.anchor_predicts), min(max(ask.limit for ask in asks), self.most)
+        first = int(not spec.anchor_predicts)
         rows = [part.view(count, size, width)[:, first : first + scored].reshape(-1, width) for part in outcome]
         hidden = self.network.final(*rows)
         return self._logits(hidden).view(count, scored, -1), hidden.view(count, scored, width)
+
+    @property
+    def block_length(self) -> int:
+        """Tokens that a pass feeds for each sequence."""
+        return self.spec.block_size
+
+    @property
+    def scratch(self) -> tuple[int, int]:
+        """Its blocks that no sequence owns: the first, and how many a sequence needs of them."""
+        return self._scratch.start, self._each
 
     def refine(self, logits: torch.Tensor, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
         if self.network.refiner is None:

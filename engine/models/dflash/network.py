@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from transformers import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from engine.kernels import ops
 from engine.models.dflash.decoder import DecoderLayer, Tensors, merged, parameter
@@ -19,6 +17,7 @@ from engine.models.dflash.heads import ConfidenceHead, MarkovHead, PathSelector
 from engine.models.dflash.spec import DFlashSpec
 from engine.models.fused.attention import RopeForm
 from engine.models.fused.backbone import RopeSource
+from engine.models.rotary import rotary_of
 from engine.protocols import StepAttention
 from engine.runtime.kv_cache import LayerShape, PagedKVCache
 
@@ -93,15 +92,7 @@ class DFlashNetwork(nn.Module):
 
 def rope_source(spec: DFlashSpec, length: int, device: torch.device) -> RopeSource:
     """The draft's own rotary embedding, float32, looked up in a table for positions below `length` where it can be."""
-    parameters = {key: list(value) if isinstance(value, tuple) else value for key, value in spec.rope}
-    config = Qwen3Config(
-        hidden_size=spec.hidden_size,
-        num_attention_heads=spec.num_heads,
-        head_dim=spec.head_dim,
-        max_position_embeddings=spec.max_position_embeddings or length,
-        rope_parameters=parameters,
-    )
-    rotary, like = Qwen3RotaryEmbedding(config).to(device), torch.empty(0, device=device)
-    source = RopeSource(lambda positions: rotary(like, positions), RopeForm.FULL)
+    compute = rotary_of(dict(spec.rope), spec.head_dim, spec.max_position_embeddings or length)
+    source = RopeSource(compute, RopeForm.FULL)
     source.tabulate(length, device)
     return source

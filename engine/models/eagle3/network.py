@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from engine.errors import ModelLoadError
 from engine.kernels import ops
@@ -15,6 +13,7 @@ from engine.models.fused.attention import RopeForm
 from engine.models.fused.backbone import RopeSource
 from engine.models.fused.mlp import FusedMLP
 from engine.models.fused.parts import FusedNorm, Rope, add_norm, merge_linears
+from engine.models.rotary import rotary_of
 from engine.protocols import StepAttention
 from engine.runtime.kv_cache import LayerCache, LayerShape
 
@@ -61,7 +60,7 @@ class Eagle3Network(nn.Module):
         self.head = _linear(tensors, "lm_head") if spec.own_head else None
         # No parameter: packing linear layers copies those, and this may be large.
         self.embedding = tensors["embed_tokens.weight"] if spec.own_embedding else None
-        self.rope = _rope_source(spec, self.norm.weight.device)
+        self.rope = _rope_source(spec)
         if context_length:
             self.rope.tabulate(context_length + SPARE, self.norm.weight.device)
 
@@ -118,20 +117,9 @@ def _linear(part: dict[str, torch.Tensor], name: str) -> nn.Linear:
     return made
 
 
-def _rope_source(spec: Eagle3Spec, device: torch.device) -> RopeSource:
-    config = LlamaConfig(
-        hidden_size=spec.num_heads * spec.head_dim,
-        num_attention_heads=spec.num_heads,
-        head_dim=spec.head_dim,
-        max_position_embeddings=spec.max_position_embeddings or 2048,
-        rope_parameters={key: _thawed(value) for key, value in spec.rope},
-    )
+def _rope_source(spec: Eagle3Spec) -> RopeSource:
     try:
-        rotary, like = LlamaRotaryEmbedding(config).to(device), torch.empty(0, device=device)
+        compute = rotary_of(dict(spec.rope), spec.head_dim, spec.max_position_embeddings or 2048)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelLoadError(f"config.json: rope parameters {dict(spec.rope)}: {error}") from error
-    return RopeSource(lambda positions: rotary(like, positions), RopeForm.FULL)
-
-
-def _thawed(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
+    return RopeSource(compute, RopeForm.FULL)

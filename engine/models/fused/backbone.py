@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -15,6 +16,21 @@ from engine.models.fused.parts import NO_ROPE, Rope, add_norm
 MAX_TABLE_BYTES = 64 * 2**20
 
 
+class BackboneProgram(Protocol):
+    """Does a backbone's work in one call; `models.program.Program` does."""
+
+    def hidden(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        rows: torch.Tensor,
+        context: ForwardContext,
+        taps: Taps | None,
+    ) -> torch.Tensor:
+        """ids, positions [T] -> the last hidden states of `rows`, [len(rows), width]."""
+        ...
+
+
 class RopeSource:
     """cos and sin of positions, as one way of laying them out needs them.
 
@@ -23,8 +39,8 @@ class RopeSource:
     """
 
     def __init__(self, compute: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], form: RopeForm) -> None:
-        self._compute = compute
-        self._form = form
+        self.compute = compute
+        self.form = form
         self.cos: torch.Tensor | None = None
         self.sin: torch.Tensor | None = None
 
@@ -50,8 +66,8 @@ class RopeSource:
         return self.cos.index_select(0, position_ids[0]), self.sin.index_select(0, position_ids[0])
 
     def _spread(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = self._compute(position_ids)
-        return self._form.spread(cos[0]), self._form.spread(sin[0])
+        cos, sin = self.compute(position_ids)
+        return self.form.spread(cos[0]), self.form.spread(sin[0])
 
 
 class FusedBackbone(nn.Module):
@@ -80,19 +96,27 @@ class FusedBackbone(nn.Module):
         slipstream: ForwardContext,
         rows: torch.Tensor | None = None,
         taps: Taps | None = None,
+        program: BackboneProgram | None = None,
         **others: object,
     ) -> object:
-        """input_ids, position_ids [1, T] -> last_hidden_state [1, T, width], or [1, len(rows), width]."""
+        """input_ids, position_ids [1, T] -> last_hidden_state [1, T, width], or [1, len(rows), width].
+
+        With a `program`, which needs rows, that computes it.
+        """
         asked = [name for name, value in others.items() if value is not None and value is not False]
         if asked:
             raise TypeError(f"a fused model was asked for {', '.join(asked)}, which it can't give")
-        stream = self._embed(input_ids, position_ids)
+        if program is not None and rows is not None:
+            hidden = program.hidden(input_ids[0], position_ids[0], rows, slipstream, taps)
+            return self.output_type(last_hidden_state=hidden.unsqueeze(0))
+        stream = self.embed(input_ids, position_ids)
         ropes: Sequence[Rope] = [source(position_ids) for source in self.sources] + [NO_ROPE]
         stream, update = self._layers(stream, ropes, slipstream, rows, taps)
         hidden, _ = add_norm(self._modules[self.norm_name], stream, update)
         return self.output_type(last_hidden_state=hidden.unsqueeze(0))
 
-    def _embed(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """input_ids, position_ids [1, T] -> what goes into the first layer, [T, width]."""
         parts = self._modules
         stream: torch.Tensor = parts[self.embedding](input_ids)[0]  # type: ignore[misc]  # never None
         if self.embedding_scale != 1.0:

@@ -1,0 +1,63 @@
+/* Tiles of int4 weights with minima, in groups of 32. */
+#include "gemm_tiles.h"
+
+/* As int8_part. */
+INLINE void int4_part(const Tile *t, const int rows, const int columns, const int first) {
+    const int group = 32, group_bytes = group + GROUP_EXTRA;
+    vec sums[MOST_ROWS][MOST_COLUMNS];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int c = 0; c < columns; c++) sums[r][c] = v_zero();
+    const uint8_t *codes = t->codes + first * W * 4, *x = t->x, *ahead = t->ahead;
+    const uint16_t *scales = t->scales + first * W, *minima = t->minima + first * W;
+    for (int64_t g = 0; g < t->steps; g++) {
+        ivec dots[MOST_ROWS][MOST_COLUMNS];
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int c = 0; c < columns; c++) dots[r][c] = i_set(0);
+        UNROLL for (int pair = 0; pair < group / 8; pair++) {
+            if (first == 0) tile_fetch(t, ahead + pair * PANEL * 4);
+            UNROLL for (int c = 0; c < columns; c++) {
+                ivec w = i_load(codes + (pair * PANEL + c * W) * 4);
+                ivec low = i_and(w, i_set(0x0f0f0f0f)), high = i_high_nibbles(w);
+                UNROLL for (int r = 0; r < rows; r++) {
+                    const int8_t *quads = (const int8_t *)x + r * t->x_step + pair * 8;
+                    dots[r][c] = i_dot_nibbles(dots[r][c], low, quads);
+                    dots[r][c] = i_dot_nibbles(dots[r][c], high, quads + 4);
+                }
+            }
+        }
+        UNROLL for (int c = 0; c < columns; c++) {
+            vec scale = v_load_halves(scales + c * W), minimum = v_load_halves(minima + c * W);
+            UNROLL for (int r = 0; r < rows; r++) {
+                const uint8_t *extra = x + r * t->x_step + group;
+                vec both = v_mul(scale, v_set(one_float(extra)));
+                sums[r][c] = v_fma(i_float(i_nibble_sums(dots[r][c])), both, sums[r][c]);
+                sums[r][c] = v_fma(minimum, v_set(one_float(extra + 4)), sums[r][c]);
+            }
+        }
+        codes += PANEL * group / 2;
+        scales += PANEL;
+        minima += PANEL;
+        x += group_bytes;
+        ahead += PANEL * group / 2;
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int c = 0; c < columns; c++) tile_store(t, r, (first + c) * W, sums[r][c]);
+}
+
+#ifdef __AVX512F__
+#define COLUMNS(rows) 2
+#else
+#define COLUMNS(rows) ((rows) == 1 ? 4 : 2)
+#endif
+#define TILE(rows)                                                                                                     \
+    static void int4_##rows(const Tile *t) {                                                                           \
+        for (int first = 0; first < PANEL_VECTORS; first += COLUMNS(rows)) int4_part(t, rows, COLUMNS(rows), first);   \
+    }
+TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
+#undef TILE
+#undef COLUMNS
+
+Tiles gemm_int4_tiles(void) {
+    static const tile_work tiles[] = {int4_1, int4_2, int4_3, int4_4, int4_5, int4_6};
+    return (Tiles){6, tiles};
+}
