@@ -27,17 +27,17 @@ MARKS = "os^Dv"
 
 
 def draw(curves: Sequence[Curve], file: Path) -> None:
-    """Write a PNG; dotted lines are linear growth."""
+    """Write a PNG."""
     panels = list(dict.fromkeys(curve.panel for curve in curves))
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(12, 4.3 * rows), layout="constrained", dpi=110)
-    axes = figure.subplots(rows, 2, squeeze=False).flat
+    axes = [*figure.subplots(rows, 2, squeeze=False).flat]
     for panel, one in zip(panels, axes, strict=False):
         _panel(one, [curve for curve in curves if curve.panel == panel])
-    for empty in list(axes)[len(panels) :]:
+    for empty in axes[len(panels) :]:
         empty.set_axis_off()
-    figure.suptitle("How costs grow (the number behind each name is its exponent: 1 is linear)", fontweight="bold")
-    figure.supxlabel(f"{machine()}; dotted: linear growth", fontsize=8, color="#555555")
+    figure.suptitle("How costs grow: behind each name its exponent (1 is linear) and its largest value")
+    figure.supxlabel(machine(), fontsize=8, color="#555555")
     figure.savefig(file, format="png", metadata={"Software": "slipstream benchmarks.growth"})
 
 
@@ -48,14 +48,15 @@ def _panel(axes: Axes, curves: Sequence[Curve]) -> None:
     for number, curve in enumerate(curves):
         sizes, values = zip(*curve.points, strict=True)
         colour, mark = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
-        label = f"{curve.name}: {exponent(curve.points):.2f}"
+        label = f"{curve.name}: {exponent(curve.points):.2f}, up to {show(values[-1])}"
         axes.plot(sizes, values, marker=mark, markersize=4, color=colour, label=label)
-        axes.plot(sizes, [values[-1] * at / sizes[-1] for at in sizes], ":", color=colour, linewidth=0.9, alpha=0.6)
-        axes.annotate(show(values[-1]), (sizes[-1], values[-1]), (5, 0), textcoords="offset points", fontsize=7)
     lowest = min(value for curve in curves for _, value in curve.points)
     highest = max(value for curve in curves for _, value in curve.points)
-    axes.set_ylim(lowest / 2, highest * 4)
-    axes.margins(x=0.12)
+    sizes = [at for curve in curves for at, _ in curve.points]
+    line = [highest * 2 * at / max(sizes) for at in (min(sizes), max(sizes))]
+    axes.plot((min(sizes), max(sizes)), line, ":", color="#888888", linewidth=1, label="this slope is linear")
+    axes.set_ylim(lowest / 2, highest * 10)
+    axes.margins(x=0.06)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         axis.set_minor_formatter(NullFormatter())

@@ -19,8 +19,8 @@ import torch
 from engine.attention.paged_cpu import PagedCpuAttention
 from engine.config import EngineConfig, KVConfig, SchedulerConfig
 from engine.core import EngineCore
-from engine.diffusion import BLOCK_CAUSAL, DiffusionParams, DiffusionSpec
-from engine.drafters import dflash
+from engine.diffusion import BLOCK_CAUSAL, DiffusionSpec
+from engine.drafters.dflash import DFlashDrafter
 from engine.drafters.ngram import NgramDrafter
 from engine.models.adapter import DecoderAdapter
 from engine.models.context import ForwardContext, Taps
@@ -43,6 +43,8 @@ VOCABULARY = 49_152
 WORDS = 150  # tokens that texts are made of
 MASK = VOCABULARY - 1
 DRAFTED = 7  # tokens of a draft
+BLOCK = 32  # tokens that are denoised together
+FED = 8192  # tokens that a step may feed
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +56,6 @@ class Case:
     prompt: int = 256
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(100_000, temperature=0.0, ignore_eos=True))
     verifier: str = "strict"
-
-    @property
-    def name(self) -> str:
-        given, plain = self.sampling, SamplingParams(0)
-        names = ("top_k", "top_p", "min_p", "logprobs", "repetition_penalty")
-        wishes = [f"{name} {getattr(given, name)}" for name in names if getattr(given, name) != getattr(plain, name)]
-        drawn = [f"temperature {given.temperature}"] if given.temperature else []
-        return ", ".join([self.pipeline, *([self.verifier] * (self.verifier != "strict")), *drawn, *wishes])
 
 
 class Clocks:
@@ -111,7 +105,7 @@ PARTS: tuple[tuple[object, str, str], ...] = (
     (shaping.Shaper, "observe", "shaping"),
     (NgramDrafter, "propose", "drafter"),
     (NgramDrafter, "commit", "drafter"),
-    (dflash.DFlashDrafter, "propose", "drafter"),
+    (DFlashDrafter, "propose", "drafter"),
     (denoise, "certainty", "certainty"),
 )
 
@@ -240,49 +234,46 @@ class PlainWorker:
 
 
 def build(case: Case, clocks: Clocks, steps: int) -> EngineCore:
-    """An engine for this case with all its requests added."""
-    reach = case.prompt + (steps + 50) * (DRAFTED + 1)
+    """An engine for this case with all its requests added, and room for so many steps."""
+    reach = case.prompt + (steps + 50) * (BLOCK if case.pipeline == "masked_diffusion" else DRAFTED + 1)
     config = EngineConfig(
-        scheduler=SchedulerConfig(max_num_seqs=case.batch, max_batched_tokens=max(8192, case.batch)),
+        scheduler=SchedulerConfig(max_num_seqs=case.batch, max_batched_tokens=max(FED, case.batch * BLOCK)),
         kv=KVConfig(prefix_cache=False),
     )
     size = config.kv.block_size
     blocks = case.batch * -(-reach // size) + 1
-    rows, masked = case.batch * 32, case.pipeline == "masked_diffusion"
-    adapter = cast(DecoderAdapter, InstantAdapter(rows, clocks, masked=masked))
-    model = ModelRunner(adapter, PagedKVCache((), blocks, size, torch.float32, adapter.device), PagedCpuAttention())
-    pipeline: Pipeline
-    capacity_costs: tuple[tuple[int, float], ...] = ()
-    if case.pipeline == "autoregressive":
-        pipeline = AutoregressivePipeline(model)
-    elif masked:
-        spec = DiffusionSpec(BLOCK_CAUSAL, MASK, 32)
-        pipeline = MaskedDiffusionPipeline(model, spec, build_rules())
-    else:
-        draft = cast(BlockDraftModel, InstantDraft(case.batch * DRAFTED, clocks))
-        drafter: Drafter = NgramDrafter() if case.pipeline == "ngram" else dflash.DFlashDrafter(draft)
-        pipeline = SpeculativePipeline(model, drafter, [StrictVerifier(), RejectionVerifier()], DRAFTED)
-    core = EngineCore(
-        PlainWorker(pipeline, Capacity(blocks, size, reach, VOCABULARY, pipeline.traits, step_costs=capacity_costs)),
-        config,
-    )
+    pipeline = _pipeline(case, clocks, blocks, size)
+    worker = PlainWorker(pipeline, Capacity(blocks, size, reach, VOCABULARY, pipeline.traits))
+    core = EngineCore(worker, config)
+    speculation = SpeculationParams(verifier="" if case.verifier == "strict" else case.verifier)
     chance = random.Random(1)
     for i in range(case.batch):
         prompt = tuple(chance.randrange(WORDS) for _ in range(case.prompt))
-        speculation = SpeculationParams(verifier="" if case.verifier == "strict" else case.verifier)
-        knobs = DiffusionParams()
-        core.add(
-            Request(f"request {i}", prompt, case.sampling, arrival=float(i), speculation=speculation, diffusion=knobs)
-        )
+        core.add(Request(f"request {i}", prompt, case.sampling, arrival=float(i), speculation=speculation))
     return core
+
+
+def _pipeline(case: Case, clocks: Clocks, blocks: int, size: int) -> Pipeline:
+    masked = case.pipeline == "masked_diffusion"
+    adapter = cast(DecoderAdapter, InstantAdapter(case.batch * BLOCK, clocks, masked=masked))
+    model = ModelRunner(adapter, PagedKVCache((), blocks, size, torch.float32, adapter.device), PagedCpuAttention())
+    if masked:
+        return MaskedDiffusionPipeline(model, DiffusionSpec(BLOCK_CAUSAL, MASK, BLOCK), build_rules())
+    if case.pipeline == "autoregressive":
+        return AutoregressivePipeline(model)
+    drafter: Drafter = NgramDrafter()
+    if case.pipeline == "dflash":
+        drafter = DFlashDrafter(cast(BlockDraftModel, InstantDraft(case.batch * DRAFTED, clocks)))
+    return SpeculativePipeline(model, drafter, [StrictVerifier(), RejectionVerifier()], DRAFTED)
 
 
 def measure(case: Case, steps: int) -> dict[str, float]:
     """Microseconds of a step by part, over `steps` steps in which all sequences decode."""
+    torch.set_num_threads(1)
     clocks = Clocks()
     with clocked(clocks):
         core = build(case, clocks, steps)
-        for _ in range(-(-case.batch * case.prompt // 8192) + 20):
+        for _ in range(-(-case.batch * case.prompt // FED) + 20):
             core.step()
         clocks.seconds.clear()
         for _ in range(steps):

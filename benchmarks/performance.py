@@ -5,9 +5,9 @@
     python -m benchmarks.performance --parts none      # the page and the pictures anew, from the record
 
 Nothing else should run on the machine. The parts are measured one after the other, the most important first, and each
-is written down at once: a run that is cut has lost one part. Expected minutes on two cores: steps 3, servers 18 (2 of
-them to start everybody, the rest is --minutes), quality 4, host 1, front 2, growth 2. Peers that are not set up are
-named with the command that does it.
+is written down at once: a run that is cut has lost one part. Expected minutes on two cores: steps 3, servers 19 (3 of
+them to start and warm everybody up, then --minutes of rounds), quality 3, host 1, front 2, growth 2. Peers that are
+not set up are named with the command that does it.
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ _TITLES = {
     "growth": "Growth",
 }
 
+PICTURES = {"growth": "![Costs over sizes](images/performance_growth.png)"}
+
 
 class Printed(msgspec.Struct):
     """A part that consists of programs."""
@@ -99,6 +101,8 @@ def _others(parts: Mapping[str, Part]) -> str:
         found = msgspec.convert(parts[name].found, Printed)
         for program, printed in found.printed.items():
             told += [f"### {_TITLES.get(program, program)}", f"`{found.commands[program]}`", f"```\n{printed}\n```"]
+            if program in PICTURES:
+                told.append(PICTURES[program])
         told += [f"`{program}` failed: {why}" for program, why in found.failed.items()]
         told.append(origin(parts[name].about))
     return "\n\n".join(told) or MISSING

@@ -52,6 +52,9 @@ def _limits(quant: str) -> Program:
     return Program(f"limits-{quant}", arguments, 180, ("--seconds", "0.2"))
 
 
+_FRONT = ("--streams", "1", "32", "128", "--variants", "chat", "completions")
+_GROWTH = ("benchmarks.growth", "--engine", "demo", "--quant", "int8")
+
 PROGRAMS: dict[str, tuple[Program, ...]] = {
     "steps": tuple(make(quant) for quant in FORMATS for make in (_limits, _step)),
     "quality": (Program("quality", ("benchmarks.quality", "--json", "{json}"), 900, ("--quick",), resumes=True),),
@@ -63,10 +66,10 @@ PROGRAMS: dict[str, tuple[Program, ...]] = {
         ),
     ),
     "front": (
-        Program("front", ("benchmarks.front", "--json", "{json}"), 240),
+        Program("front", ("benchmarks.front", *_FRONT, "--json", "{json}"), 240, ("--seconds", "1")),
         Program("overhead", ("benchmarks.overhead", "--rounds", "2", "--json", "{json}"), 240, ("--tokens", "16")),
     ),
-    "growth": (Program("growth", ("benchmarks.growth", "--json", "{json}", "--png", "{images}/growth.png"), 400),),
+    "growth": (Program("growth", (*_GROWTH, "--json", "{json}", "--picture", "{images}/performance_growth.png"), 400),),
 }
 
 

@@ -53,7 +53,7 @@ def speeds(found: Servers, steps: Steps | None, about: About) -> Picture:
         _panel(panel, found, steps, figure)
     _legend(axes[-1])
     picture.suptitle("Slipstream beside its peers: SmolLM2-135M-Instruct", fontweight="bold")
-    foot = f"{about.machine}; medians and ranges of {found.rounds} interleaved rounds; {about.began}"
+    foot = f"{about.machine}; medians and ranges of up to {found.rounds} interleaved rounds; {about.began}"
     picture.supxlabel(foot, fontsize=8, color="#555555")
     return picture
 

@@ -20,7 +20,7 @@ from benchmarks.peers import compare
 from benchmarks.peers.catalog import PEERS
 from benchmarks.peers.install import Place, installed_version, say
 from benchmarks.peers.residents import Resident, resident
-from benchmarks.performance_contenders import MANY, QUESTIONS, Contender
+from benchmarks.performance_contenders import QUESTIONS, Contender
 from benchmarks.processes import OtherLoad, listeners
 from benchmarks.prompts import Prompts, licence_text
 from benchmarks.report import git_commit
@@ -32,12 +32,12 @@ from benchmarks.stream import BenchmarkError
 
 SPARE_BYTES = 3 << 30  # of memory that must be free before another server starts
 QUESTION_SETS = ("gsm8k", "mtbench", "humaneval")
-WARM_UP_TOKENS = 8
+WARM_UP_TOKENS, WARM_UP_REQUESTS = 8, 8
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`minutes` are for the rounds: no new one begins that would take longer."""
+    """`minutes` are for the rounds: from the second on, no scenario begins that would last longer."""
 
     contenders: tuple[Contender, ...]
     scenarios: tuple[str, ...]
@@ -75,6 +75,7 @@ class Found:
     tokens_per_round: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     sides: dict[str, compare.Side] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    tried_again: dict[str, str] = field(default_factory=dict)
     rounds: int = 0
     questions: str = ""
 
@@ -85,6 +86,7 @@ class Found:
             "seed": plan.seed,
             "questions": self.questions,
             "left_out": self.left_out,
+            "tried_again": self.tried_again,
             "sides": {name: asdict(side) for name, side in self.sides.items()},
             "tokens_per_round": self.tokens_per_round,
             "measurements": [asdict(one) for one in self.measurements],
@@ -104,15 +106,17 @@ async def run(plan: Plan, place: Place, tokenizer: Counter, save: Callable[[Foun
     prompts = Prompts(licence_text(), count, plan.seed)
     async with AsyncExitStack() as stack:
         seats = [seat for one in plan.contenders if (seat := await _seated(one, plan, place, stack, found))]
-        began, longest = time.monotonic(), 0.0
-        for number in range(plan.rounds + 1):
-            if number > 1 and time.monotonic() - began + longest > 60 * plan.minutes:
-                say(f"no time is left for round {number}")
-                break
-            start = time.monotonic()
-            await _round(number, seats, scenarios, prompts, plan, found)
-            found.rounds = number
-            longest = max(longest, time.monotonic() - start) if number else 0.0
+        await _round(0, seats, scenarios, prompts, plan, found)
+        until, lasted = time.monotonic() + 60 * plan.minutes, dict[str, float]()
+        for number in range(1, plan.rounds + 1):
+            for scenario in scenarios:
+                began = time.monotonic()
+                if number > 1 and began + lasted[scenario.name] > until:
+                    say(f"no time is left for {scenario.name} in round {number}")
+                    continue
+                await _round(number, seats, [scenario], prompts, plan, found)
+                lasted[scenario.name] = max(lasted.get(scenario.name, 0.0), time.monotonic() - began)
+                found.rounds = number
             for seat in seats:
                 found.sides[seat.contender.name] = _side(seat)
             save(found)
@@ -186,16 +190,27 @@ async def _round(
     order = random.Random(plan.seed + number)
     for scenario in scenarios:
         texts = await scenario.prompts(prompts)
-        if not number and scenario.name == MANY:
-            texts = texts[:8]
+        texts = texts if number else texts[:WARM_UP_REQUESTS]
         turns = [seat for seat in seats if scenario.name in seat.contender.scenarios]
         for seat in order.sample(turns, len(turns)):
-            try:
-                await _measure(number, seat, scenario, texts, plan, found)
-            except BenchmarkError as error:
-                found.left_out[seat.contender.name] = in_short(error)
-                say(f"{seat.contender.name} is left out from here: {error}")
+            if not await _measured(number, seat, scenario, texts, plan, found):
                 seats.remove(seat)
+
+
+async def _measured(
+    number: int, seat: Seat, scenario: Scenario, texts: Sequence[str], plan: Plan, found: Found
+) -> bool:
+    """Whether it could be. A second try is for a server that closed a connection between two requests."""
+    name = seat.contender.name
+    for last in (False, True):
+        try:
+            await _measure(number, seat, scenario, texts, plan, found)
+            return True
+        except BenchmarkError as error:
+            say(f"{name}{' is left out from here' if last else ', tried again'}: {error}")
+            where = found.left_out if last else found.tried_again
+            where[name] = in_short(error)
+    return False
 
 
 async def _measure(number: int, seat: Seat, scenario: Scenario, texts: Sequence[str], plan: Plan, found: Found) -> None:

@@ -172,7 +172,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    effort = Effort(512, 8, 16) if options.quick else Effort(2048, 40, 64)
+    effort = Effort(512, 8, 16) if options.quick else Effort(1536, 32, 64)
     prepare_threads(EngineConfig())  # torch reads it when it is imported
     try:
         folder = resolve(options.model, options.cache_dir.expanduser(), say)

@@ -27,7 +27,7 @@ import msgspec
 from benchmarks import report
 from benchmarks.processes import OtherLoad
 from engine.cluster.process import prepare_threads
-from engine.config import EngineConfig, load
+from engine.config import GRAPHS, EngineConfig, load
 from engine.errors import ConfigError
 from engine.hub.resolve import resolve
 from engine.types import Phase, SamplingParams
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 MODELS = Path(__file__).parent / "models"
 # norms to other: of a native program's pass, by its own clock.
-PARTS = ("gemm", "attention", "norms", "rope", "activation", "waiting", "other", "sampling", "rest", "host")
+PARTS = ("gemm", "attention", "norms", "rope", "activation", "waiting", "other", "sampling", "rest", "host", "captured")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -63,6 +63,13 @@ def main(arguments: Sequence[str]) -> int:
     with OtherLoad(()) as during:
         ceilings = measure_ceilings(loaded.placement, effort.ceilings)
         figures = [_measured(bench.measure(case, effort)) for case in cases]
+        if options.graphs != "off" and (options.graphs == "eager" or loaded.placement.device.type == "cuda"):
+            from benchmarks.step_graphs import GraphBench
+
+            capture = options.graphs == "auto"
+            graphs = GraphBench(loaded, config.kv.block_size, options.temperature, options.draft_block, capture)
+            cases = graphs.grid(options.batch, options.kv, options.query)
+            figures += [_measured(graphs.measure(case, effort)) for case in cases]
         ceilings = ceilings.better(measure_ceilings(loaded.placement, effort.ceilings))
     loads = Loads(before, during.cores, _load_of_others(effort))
     run = Run(
@@ -110,6 +117,19 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--temperature", type=float, default=0.0, help="of the draws (default: 0, the most likely token)")
     made.add_argument("--top-p", type=float, default=1.0, help="default: 1, off")
+    made.add_argument(
+        "--graphs",
+        choices=GRAPHS,
+        default="auto",
+        help="captured steps beside the others, one step late: auto is on GPUs, eager does not capture (default: auto)",
+    )
+    made.add_argument(
+        "--draft-block",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with graphs, whole rounds with a random DFlash draft of 5 layers and blocks of N tokens (default: 0, none)",
+    )
     made.add_argument("--seconds", type=float, default=2.0, help="per case (default: %(default)s)")
     made.add_argument("--quick", action="store_true", help="few steps: for a look, not for the record")
     made.add_argument("--cache-dir", type=Path, default=Path("~/.cache/slipstream"), help="the server's own setting")

@@ -44,6 +44,10 @@ class EventStream(Protocol):
 
     def __aiter__(self) -> AsyncIterator[TokenEvent]: ...
 
+    def divert(self, sink: Callable[[TokenEvent], bool]) -> None:
+        """Offer each event to `sink` first, which takes it at once or says False."""
+        ...
+
     async def aclose(self) -> None: ...
 
 

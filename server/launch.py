@@ -85,6 +85,11 @@ def _read(command: str, description: str, arguments: Sequence[str]) -> tuple[Con
 def _add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     """Shortcuts for keys of the first model; `_decoding_overrides` knows which."""
     parser.add_argument(
+        "--quant",
+        metavar="FORMAT",
+        help="of weights: none (exact), fp16 (the default on a CPU), int8 or int4; fp8 on a GPU",
+    )
+    parser.add_argument(
         "--draft", metavar="DRAFT", help="draft with `ngram`, or with a draft checkpoint: its folder or hub id"
     )
     parser.add_argument("--max-draft", metavar="N", type=int, help="most tokens of one draft")
@@ -136,6 +141,7 @@ def _decoding_overrides(parsed: argparse.Namespace) -> list[str]:
     if parsed.diffusion_drafter is not None:
         overrides += ["pipeline=dual_diffusion"]
     flags = {
+        "quant": parsed.quant,
         "draft.max_draft": parsed.max_draft,
         "draft.tree": parsed.draft_tree,
         "verifier.name": parsed.verifier,

@@ -26,6 +26,7 @@ from engine.config import KVConfig
 from engine.protocols import EngineObserver
 from engine.types import EngineStats, ModelInfo, RequestSummary, VerifierStats
 from server import metric_names as names
+from server.ledger import Ledger
 
 _UNCOUNTED_HANDLERS = frozenset({"/metrics", "/health", "/ready", "/load", "/ping", "/version", "/server_info"})
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -39,6 +40,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._families = _Families(self.registry)
         self._http = _HttpMetrics(self.registry)
+        self._ledgers: list[Ledger] = []
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
@@ -54,7 +56,9 @@ class Metrics:
             enable_prefix_caching=str(self._kv.prefix_cache),
             cache_dtype=self._kv.dtype,
         ).set(1)
-        return _ModelObserver(self._families, model_name, str(engine), info)
+        ledger = Ledger(_ModelObserver(self._families, model_name, str(engine), info))
+        self._ledgers.append(ledger)
+        return ledger
 
     def watch(self, model_name: str, healthy: Callable[[], bool], engine: int = 0) -> None:
         """Expose what `healthy` says at the time of each scrape."""
@@ -69,6 +73,8 @@ class Metrics:
 
     def render(self) -> tuple[bytes, str]:
         """The page and its content type, in Prometheus' text format 0.0.4 (which every scraper reads)."""
+        for ledger in self._ledgers:
+            ledger.settle()
         return generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
 
 

@@ -15,6 +15,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.contract import Metrics
+from server.direct import writer_of
 from server.errors import error_response
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,9 @@ class Exchanges:
     def _note(self, scope: Scope, exchange: Exchange) -> None:
         seconds = time.monotonic() - exchange.began
         method, status = scope["method"], exchange.status or 499
-        self._metrics.observe_http(exchange.handler, method, status, seconds, exchange.received, exchange.sent)
+        writer = writer_of(scope)
+        sent = exchange.sent + (0 if writer is None else writer.sent)
+        self._metrics.observe_http(exchange.handler, method, status, seconds, exchange.received, sent)
         if self._log_requests and scope["path"] not in QUIET_PATHS:
             path = ascii(scope["path"][:200])
             access.info("%s %s %d %.1f ms %s", ascii(method[:16]), path, status, seconds * 1000, exchange.id)

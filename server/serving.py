@@ -8,15 +8,19 @@ import gc
 import logging
 import resource
 import socket
+from functools import partial
 from types import FrameType
 
 import h11
 import msgspec
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import Config
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
+from server import direct
 from server.errors import ApiError, unavailable
 from server.lifecycle import Lifecycle
 from server.service import Service
@@ -91,6 +95,27 @@ class Server(uvicorn.Server):
             await self.lifespan.shutdown()
 
 
+class SocketWriter:
+    """`direct.ChunkWriter` of the exchange that a connection is in."""
+
+    def __init__(self, cycle: RequestResponseCycle, flow: FlowControl, transport: asyncio.Transport) -> None:
+        self.sent = 0
+        self._cycle = cycle
+        self._flow = flow
+        self._transport = transport
+        # Without a length HTTP/1.1 cuts a body into chunks, HTTP/1.0 ends it by hanging up, and HEAD has none.
+        self._chunked = cycle.scope["http_version"] == "1.1" and cycle.scope["method"] != "HEAD"
+
+    def ready(self) -> bool:
+        cycle = self._cycle
+        begun = cycle.response_started and not (cycle.response_complete or cycle.disconnected)
+        return self._chunked and begun and not self._flow.write_paused
+
+    def write(self, data: bytes) -> None:
+        self.sent += len(data)
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+
 class BoundedProtocol(H11Protocol):
     """h11 with a limit on connections and on the time that a request's headers may take.
 
@@ -104,9 +129,14 @@ class BoundedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in the base
         super().connection_made(transport)
+        self.app = partial(self._lend_writer, self.app)
         self._watch_headers()
         if len(self.connections) > self.max_connections:
             self._refuse(unavailable("The server has too many connections; please retry.", "overloaded"))
+
+    async def _lend_writer(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[direct.KEY] = SocketWriter(self.cycle, self.flow, self.transport)
+        await app(scope, receive, send)
 
     def data_received(self, data: bytes) -> None:
         if not self.transport.is_closing():
@@ -165,7 +195,7 @@ def _protocol(settings: Settings) -> type[BoundedProtocol]:
 
 
 def _calm_collector() -> None:
-    """Every chunk makes objects; none of them is in a cycle, and what is imported stays. See `engine/cluster/memory.py`."""
+    """Every chunk makes objects, none of them in a cycle; what is imported stays. See `engine/cluster/memory.py`."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

@@ -92,7 +92,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.models.fingerprint": (*_CONTRACTS, "engine.models.", "engine.hub.resolve"),
     "engine.pipelines": (
         *(*_CONTRACTS, "engine.runtime.batch", "engine.runtime.sampler", "engine.runtime.rng"),
-        "engine.runtime.truncation",
+        *("engine.runtime.truncation", "engine.kernels.certainty"),
     ),
     "engine.pipelines.uniform": (*_CONTRACTS, "engine.pipelines.", "engine.runtime."),
     "engine.drafters": (*_CONTRACTS, "engine.kernels."),
@@ -126,8 +126,9 @@ HOMES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("torch", "triton", "transformers"),
         (
-            *(*_TENSOR_ROOMS, "training.", "benchmarks.agreement", "benchmarks.fusion"),
-            *(f"benchmarks.step_{part}" for part in ("cases", "ceilings", "parts")),
+            *(*_TENSOR_ROOMS, "training.", "benchmarks.agreement", "benchmarks.fusion", "benchmarks.matrix"),
+            "benchmarks.host_rig",
+            *(f"benchmarks.step_{part}" for part in ("cases", "ceilings", "parts", "graphs")),
             *("benchmarks.quality", "benchmarks.quality_measures", "benchmarks.performance_products"),
             "benchmarks.diffusion_products",
         ),

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable, Iterable
 from types import TracebackType
 
-from engine.errors import SlipstreamError
 from engine.front.output import merge
 from engine.types import TokenEvent
 
@@ -24,17 +23,38 @@ class EventStream:
         self._unfinished = set(request_ids)
         self._abort = abort
         self._pending: dict[str, list[TokenEvent]] = {}
-        self._error: SlipstreamError | None = None
+        self._sink: Callable[[TokenEvent], bool] | None = None
+        self._error: Exception | None = None
         self._news: asyncio.Future[None] | None = None
+
+    def divert(self, sink: Callable[[TokenEvent], bool]) -> None:
+        """Offer each event to `sink` as it comes, before any iteration sees it: no task has to wake up for it.
+
+        `sink` must not wait; what it says False to is left to the iteration, and so is what comes behind it until the
+        iteration has caught up. What it raises is raised from the iteration.
+        """
+        self._sink = sink
 
     def put(self, event: TokenEvent) -> None:
         """From the engine's side; never waits."""
-        self._pending.setdefault(event.request_id, []).append(event)
+        if self._pending or not self._taken(event):
+            self._pending.setdefault(event.request_id, []).append(event)
+            self._wake()
         if event.finish is not None:
             self._unfinished.discard(event.request_id)
-        self._wake()
+            self._wake()
 
-    def fail(self, request_id: str, error: SlipstreamError) -> None:
+    def _taken(self, event: TokenEvent) -> bool:
+        if self._sink is None:
+            return False
+        try:
+            return self._sink(event)
+        except Exception as error:  # whatever it was, it ends this stream and not the engine's news of others
+            self._sink = None
+            self.fail(event.request_id, error)
+            return True
+
+    def fail(self, request_id: str, error: Exception) -> None:
         """The request is over without a last event. The first error is the one that is raised."""
         self._unfinished.discard(request_id)
         self._error = self._error or error
@@ -67,6 +87,7 @@ class EventStream:
     async def aclose(self) -> None:
         """Abort what is unfinished and forget what was not read. Closing twice is fine."""
         unfinished, self._unfinished = frozenset(self._unfinished), set()
+        self._sink = None
         self._pending.clear()
         if unfinished:
             self._abort(unfinished)

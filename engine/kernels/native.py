@@ -41,6 +41,7 @@ class Library:
     matrix_multiply: _Call
     choose_tokens: _Call
     choose_noise_of: _Call
+    certainty_of: _Call
     step_open: Callable[[], int | None]  # the three of native_step: a new state, its end, and a pass
     step_close: Callable[[int], None]
     step_run: Callable[[int, bytes], int]
@@ -68,6 +69,7 @@ def open_library(path: Path) -> Library:
         function("matrix_multiply"),
         function("choose_tokens"),
         function("choose_noise_of"),
+        function("certainty_of"),
         step_open=opened,
         step_close=closed,
         step_run=run,

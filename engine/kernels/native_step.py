@@ -12,7 +12,7 @@ from threading import Lock
 import torch
 
 from engine.kernels import native
-from engine.kernels.layout import HeadLayout, PagedBatch, PoolLayer, PoolShape
+from engine.kernels.layout import MODES, HeadLayout, PagedBatch, PoolLayer, PoolShape
 from engine.kernels.matrix import PackedMatrix
 from engine.kernels.native import ATTENTION, POOL_TYPES, Library
 from engine.kernels.reference import ACTIVATIONS
@@ -76,12 +76,13 @@ class StepLayer:
     window: int | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None  # [heads] float32
+    mode: str = ""  # of `layout.MODES`; "" is the batch's
 
     @property
-    def plan(self) -> tuple[int, ...]:
+    def plan(self) -> tuple[int | str, ...]:
         """Layers that agree in this share the plan of their attention."""
         shape = self.shape
-        return (self.layout.heads, shape.kv_heads, shape.key_dim, shape.value_dim, self.window or 0)
+        return (self.layout.heads, shape.kv_heads, shape.key_dim, shape.value_dim, self.window or 0, self.mode)
 
     def pack(self, plan: int) -> bytes:
         layout, shape = self.layout, self.shape
@@ -91,13 +92,14 @@ class StepLayer:
         sizes = (layout.heads, shape.kv_heads, shape.key_dim, shape.value_dim)
         widths = (0 if query is None else query.shape[0], 0 if key is None else key.shape[0])
         numbers = (layout.eps, layout.offset, self.attention_scale, self.softcap or 0.0, self.scale)
-        kinds = (self.rope, layout.interleaved, ACTIVATIONS.index(self.activation), self.gated, self.parallel, plan, 0)
+        mode = MODES.index(self.mode) if self.mode else -1
+        kinds = (self.rope, layout.interleaved, ACTIVATIONS.index(self.activation), self.gated, self.parallel)
         return LAYER.pack(
             *matrices,
             *(_address(query), _address(key), _address(self.sinks)),
             b"".join(norm.pack() for norm in norms),
             *(*sizes, *widths, self.window or 0, self.down.inputs),
-            *(*numbers, *kinds),
+            *(*numbers, *kinds, plan, mode),
         )
 
     def check(self, width: int) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.kernels import native, native_choose, reference
+from engine.kernels import native, native_certainty, native_choose, native_matrix, reference, reference_matrix
 from engine.kernels.layout import MODES, HeadLayout, PagedBatch
 from engine.kernels.native import Library
 
@@ -35,7 +35,7 @@ class _Layer:
 def largest_errors(library: Library) -> dict[str, float]:
     """Kernel -> largest absolute difference from its twin, over a few shapes with odd sizes; NaN counts as infinite."""
     random = torch.Generator().manual_seed(0)
-    checks = {"add_rms_norm": _norms, "gated_activation": _gates, "rope": _ropes, "attention": _attends, "choice": _chooses}
+    checks = {"add_rms_norm": _norms, "gated_activation": _gates, "rope": _ropes, "attention": _attends, "matrix": _multiplies, "choice": _chooses, "certainty": _certainties}
     errors = {}
     for name, check in checks.items():
         pairs = list(check(library, random))
@@ -117,6 +117,18 @@ def _word(bits: torch.Tensor) -> torch.Tensor:
 _PHILOX = "16554d9eca36314c db20fe9d672d0fdc d7e772cee186176b 7e68b68aec7ba23b"
 
 
+def _multiplies(library: Library, random: torch.Generator) -> _Pairs:
+    """Every format, with outputs and inputs that fill neither panels nor groups, for one row and for several tiles."""
+    from engine.kernels.matrix import pack  # it asks library.py, which asks this file
+
+    for format in native_matrix.FORMATS:
+        weight, bias = torch.randn(37, 70, generator=random) / 8, torch.randn(37, generator=random)
+        matrix = pack(weight, format, bias)
+        for rows in (1, 14):
+            x = torch.randn(rows, 70, generator=random)
+            yield native_matrix.multiply(library, matrix.address, x, 37), reference_matrix.multiply(matrix, x)
+
+
 def _chooses(library: Library, random: torch.Generator) -> _Pairs:
     """The largest of each row, the noise's bits as known, and the noise as its formula says."""
     logits = torch.randn(3, 1037, generator=random)
@@ -131,3 +143,10 @@ def _chooses(library: Library, random: torch.Generator) -> _Pairs:
     share = bits.astype(np.float32) * np.float32(2.0**-32) + np.float32(2.0**-33)
     exact = -np.log(-np.log1p(-share.astype(np.float64).clip(max=1 - 2.0**-24)))
     yield torch.from_numpy(noise.astype(np.float64)), torch.from_numpy(exact)
+
+
+def _certainties(library: Library, random: torch.Generator) -> _Pairs:
+    logits, tokens = 4 * torch.randn(3, 1037, generator=random), torch.tensor([5, 1036, 0])
+    names = ("probability", "margin", "entropy")
+    twin = reference.certainty(logits, tokens, names)
+    yield native_certainty.certainty(library, logits, tokens), torch.stack([twin[name] for name in names])

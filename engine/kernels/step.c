@@ -216,6 +216,7 @@ static Problem step_problem(const StepCall *call, int64_t index) {
     const StepLayer *layer = call->program->layers + index;
     const StepPool *pool = call->pools + index;
     Problem p = *call->batch;
+    if (layer->mode >= 0) p.mode = layer->mode;
     p.heads = layer->heads, p.kv_heads = layer->kv_heads, p.key_dim = layer->key_dim, p.value_dim = layer->value_dim;
     p.window = layer->window, p.scale = layer->attention_scale, p.softcap = layer->softcap, p.sinks = layer->sinks;
     p.query_head = layer->key_dim, p.query_row = layer->heads * layer->key_dim;

@@ -32,7 +32,7 @@ typedef struct {
     StepNorm pre_attention, post_attention, pre_mlp, post_mlp;
     int64_t heads, kv_heads, key_dim, value_dim, query_norm_width, key_norm_width, window, middle;
     float head_eps, head_offset, attention_scale, softcap, scale;
-    int32_t rope, interleaved, activation, gated, parallel, plan, reserved; /* rope -1: none */
+    int32_t rope, interleaved, activation, gated, parallel, plan, mode; /* rope -1: none; mode -1: the batch's */
 } StepLayer;
 
 typedef struct {

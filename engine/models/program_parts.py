@@ -40,10 +40,10 @@ def norm_of(module: nn.Module | None, width: int) -> StepNorm:
     if module is None:
         return NO_NORM
     if isinstance(module, FusedNorm):
-        return StepNorm("rms", _vector(module.weight), None, module.eps, module.offset)
+        return StepNorm("rms", vector_of(module.weight), None, module.eps, module.offset)
     named = dict(module.named_parameters())
     if named.keys() <= {"weight", "bias"} and all(each.shape == (width,) for each in named.values()):
-        weight, bias = (None if named.get(key) is None else _vector(named[key]) for key in ("weight", "bias"))
+        weight, bias = (None if named.get(key) is None else vector_of(named[key]) for key in ("weight", "bias"))
         for eps in {value for value in vars(module).values() if isinstance(value, float) and 0.0 < value < 1e-2}:
             if _same(module, lambda x, eps=eps: F.layer_norm(x, (width,), weight, bias, eps), width):
                 return StepNorm("layer", weight, bias, eps)
@@ -81,7 +81,7 @@ def layer_of(layer: nn.Module, rope: int, width: int) -> StepLayer:
         rope=rope,
         window=attention.window,
         softcap=attention.softcap,
-        sinks=None if attention.sinks is None else _vector(attention.sinks),
+        sinks=None if attention.sinks is None else vector_of(attention.sinks),
     )
 
 
@@ -97,24 +97,27 @@ def _plainest(wiring: Wiring, layer: FusedLayer, width: int) -> Wiring:
 
 
 def ropes_of(backbone: FusedBackbone, device: torch.device) -> list[StepRope]:
-    return [_rope(source, device) for source in backbone.sources]
+    return [rope_of(source, device) for source in backbone.sources]
 
 
 def embedding_of(backbone: FusedBackbone) -> tuple[torch.Tensor | PackedMatrix | None, float]:
     """The table and what its rows are multiplied by; no table where the backbone has to embed by itself."""
-    module = backbone._modules[backbone.embedding]
-    if backbone.positions:
-        return None, 1.0
+    table, scale = table_of(backbone._modules[backbone.embedding])
+    return (None, 1.0) if backbone.positions or table is None else (table, scale * backbone.embedding_scale)
+
+
+def table_of(module: nn.Module | None) -> tuple[torch.Tensor | PackedMatrix | None, float]:
+    """The table of an embedding and what its rows are multiplied by; no table for a module of another kind."""
     if type(module) is PackedEmbedding:
-        return module.matrix, module.scale * backbone.embedding_scale
+        return module.matrix, module.scale
     if type(module) is HalfEmbedding:
-        return module.table, module.scale * backbone.embedding_scale
+        return module.table, module.scale
     if type(module) is nn.Embedding and module.max_norm is None and native.fits(module.weight.detach()):
-        return module.weight.detach(), backbone.embedding_scale
+        return module.weight.detach(), 1.0
     return None, 1.0
 
 
-def _rope(source: RopeSource, device: torch.device) -> StepRope:
+def rope_of(source: RopeSource, device: torch.device) -> StepRope:
     cos, _ = source(torch.zeros(1, 1, dtype=torch.long, device=device))
     if cos.dtype is not torch.float32 or cos.shape[-1] % 2:
         raise Unfit("its rotary embedding is of another kind")
@@ -168,7 +171,7 @@ def _same(module: nn.Module, formula: object, width: int) -> bool:
     return True
 
 
-def _vector(weight: torch.Tensor) -> torch.Tensor:
+def vector_of(weight: torch.Tensor) -> torch.Tensor:
     found = weight.detach()
     if not native.plain(found):
         raise Unfit("a vector of its weights is not float32 in this machine's memory")

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from engine.diffusion import DiffusionSpec
+from engine.kernels.certainty import certainty
 from engine.pipelines.feeds import Feed
 from engine.runtime.rng import Purpose, uniform_rows
 from engine.runtime.sampler import Sampler, first_argmax, masked_spread
 
 Floats = npt.NDArray[np.float64]
-
-_CELLS_ON_CPU = 1 << 18  # of a float64 softmax at once: 2 MB, which a processor's cache holds
-_CELLS = 1 << 23
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,25 +72,6 @@ class Denoiser:
         tokens, scores = first_argmax(logits), logits.clone()
         tokens[shaped], scores[shaped] = self._sampler.denoise(logits[shaped], spread, tempered=self._spec.tempered)
         return tokens, scores
-
-
-def certainty(scores: Tensor, tokens: Tensor, measures: set[str]) -> dict[str, Tensor]:
-    """[rows] float64 each, by name: the tokens' probability, and what else is asked for.
-
-    Softmax, and sums by cumsum, come out the same for a row whatever stands in the others.
-    """
-    cells = _CELLS_ON_CPU if scores.device.type == "cpu" else _CELLS
-    rows = max(1, cells // scores.shape[1])
-    parts: dict[str, list[Tensor]] = {name: [] for name in ("probability", *sorted(measures))}
-    for part, chosen in zip(scores.split(rows), tokens.split(rows), strict=True):
-        law = part.double().softmax(1)
-        parts["probability"].append(law.gather(1, chosen.unsqueeze(1)).squeeze(1))
-        if "margin" in parts:
-            best = law.topk(min(2, law.shape[1]), dim=1).values
-            parts["margin"].append(best[:, 0] - best[:, -1])
-        if "entropy" in parts:
-            parts["entropy"].append(torch.xlogy(law, law).cumsum_(1)[:, -1])
-    return {name: torch.cat(values) for name, values in parts.items()}
 
 
 def _order(feeds: Sequence[Feed]) -> Floats:

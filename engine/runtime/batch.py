@@ -118,7 +118,7 @@ class Packer:
         lens.cumsum(out=starts[1:])
         total = int(starts[-1])
         ids = np.fromiter(chain.from_iterable([item.ids for item in inputs]), dtype=np.int64, count=total)
-        if total == len(inputs):  # all decode
+        if max(query_lens) == 1:
             rows, places = np.arange(total), first
         else:
             rows = np.repeat(np.arange(len(inputs)), lens)

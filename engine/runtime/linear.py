@@ -61,6 +61,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         # The default engine refuses fp16 packing, and the operator looks at this setting at every call.
         torch.backends.quantized.engine = "fbgemm"
+        weight = weight.detach()
         self.out_features, self.in_features = weight.shape
         largest = torch.finfo(torch.float16).max
         low, high = torch.aminmax(weight)  # abs() would copy the whole weight
@@ -69,7 +70,7 @@ class PackedLinear(nn.Module):
         # Past the dispatch in Python, which looks for fake script objects at every call: 5 us, 120 times a step.
         self._multiply = torch.ops.quantized.linear_dynamic_fp16.default._op
         self.packed = torch.ops.quantized.linear_prepack_fp16(
-            weight.detach().float().contiguous(), None if bias is None else bias.detach().float().contiguous()
+            weight.float().contiguous(), None if bias is None else bias.detach().float().contiguous()
         )
 
     @property

@@ -62,9 +62,12 @@ class UniformSteps:
         self._given: dict[str, int] = {}  # blocks that the table of each has
         self._seated: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # rows and limits as the desk has them
 
-    def prepare(self) -> int:
-        """Capture all steps, the largest first; how many. Raises RuntimeError where one can't be."""
-        for size in reversed(self._sizes):
+    def prepare(self, least: int = 1) -> int:
+        """Capture all steps, the largest first; how many. Raises RuntimeError where one can't be.
+
+        Steps of fewer than `least` sequences are left out.
+        """
+        for size in reversed([size for size in self._sizes if size >= least]):
             for query in sorted({1, self._most + 1}, reverse=True):
                 if self._max_tokens is None or size * query <= self._max_tokens or size == 1:
                     self._pool.add((size, query), verify_round(self._runner, self._state, self._desk, size, query))

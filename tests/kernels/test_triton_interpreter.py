@@ -159,4 +159,4 @@ def test_what_stands_between_products(
     interpreted: Callable[..., dict[str, float]], dtype: str, tolerance: float
 ) -> None:
     found = interpreted("between_products", dtype)
-    assert len(found) == 12 and max(found.values()) < tolerance, found
+    assert len(found) == 13 and max(found.values()) < tolerance, found

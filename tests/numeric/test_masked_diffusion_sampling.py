@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from engine.diffusion import BLOCK_CAUSAL, FULL, DiffusionSpec
-from engine.pipelines.denoise import certainty
+from engine.kernels import reference as twins
+from engine.kernels.certainty import certainty
 from engine.pipelines.masked_diffusion import MaskedDiffusionPipeline
 from engine.pipelines.states import FAILED
 from engine.runtime.batch import AttentionMode, SeqInput
@@ -187,12 +188,15 @@ def test_a_block_opens_from_a_row_that_was_computed_before(shift: bool) -> None:
 
 
 @pytest.mark.parametrize("cells", [1, 3 * VOCAB, 10**6])
-def test_certainty_does_not_hang_on_how_rows_are_cut(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("measure", [certainty, twins.certainty])
+def test_certainty_does_not_hang_on_how_rows_are_cut(
+    measure: Callable[..., dict[str, torch.Tensor]], cells: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     logits = torch.randn(7, VOCAB, generator=torch.Generator().manual_seed(1)) * 4
     logits[2, 5] = -math.inf
     tokens = logits.argmax(1)
-    monkeypatch.setattr("engine.pipelines.denoise._CELLS_ON_CPU", cells)
-    found = certainty(logits, tokens, {"margin", "entropy"})
+    monkeypatch.setattr(twins, "CELLS_ON_CPU", cells)
+    found = measure(logits, tokens, {"margin", "entropy"})
     laws = np.exp(logits.double().numpy())
     laws /= laws.sum(1, keepdims=True)
     ordered = np.sort(laws, 1)
@@ -201,4 +205,4 @@ def test_certainty_does_not_hang_on_how_rows_are_cut(cells: int, monkeypatch: py
     assert found["margin"].numpy() == pytest.approx(ordered[:, -1] - ordered[:, -2], rel=1e-12)
     assert found["entropy"].numpy() == pytest.approx(entropy, rel=1e-12)
     for name, values in found.items():
-        assert certainty(logits[3:4], tokens[3:4], {"margin", "entropy"})[name] == values[3], "bit for bit"
+        assert measure(logits[3:4], tokens[3:4], {"margin", "entropy"})[name] == values[3], "bit for bit"

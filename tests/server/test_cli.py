@@ -133,6 +133,21 @@ def drafts_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[
     return {name: model[name] for name in ("path", "pipeline", "draft", "verifier")}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "quant"),
+    [
+        ([], "auto"),
+        (["--quant", "int8"], "int8"),
+        (["--config", "configs/demo-int4.yaml"], "int4"),
+        (["--config", "configs/dflash-int8.yaml", "--quant", "none"], "none"),
+        (["--quant", "int4", "--set", "models.0.quant=fp16"], "fp16"),
+    ],
+)
+def test_the_format_of_weights(arguments: list[str], quant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["print-config", *arguments]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["models"][0]["quant"] == quant
+
+
 ON_NGRAM = ["--config", "configs/ngram.yaml"]
 
 
@@ -205,6 +220,8 @@ def test_the_help_names_every_verifier_and_every_rule(capsys: pytest.CaptureFixt
         (["--set", "server.prot=1"], "server.prot: unknown key"),
         (["--port", "70000"], "server.port: "),
         (["--set", "models.0.quant=int1"], "models.quant: 'int1'"),
+        (["--quant", "int3"], "models.quant: 'int3' is not one of auto, none, fp16, int8, int4, fp8"),
+        (["--config", "configs/demo.yaml", "--quant", ""], "models.quant: '' is not one of auto, none, fp16"),
         (["--draft", ""], "--draft: expected `ngram`, or the folder or hub id"),
         (["--max-draft", "3"], "models.draft: the pipeline 'autoregressive' does not draft; say"),
         (["--verifier", "rejection"], "models.verifier: the pipeline 'autoregressive' verifies nothing; say"),

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from engine.errors import ModelLoadError
+from engine.kernels.layout import PagedBatch
 from engine.models.dflash.formats import load as read
 from engine.models.dflash.network import DFlashNetwork
+from engine.models.dflash.program import DraftProgram, draft_program, paged_of
 from engine.models.dflash.spec import DFlashSpec
 from engine.models.dflash.weights import drop_copies
 from engine.models.draft_files import TargetFacts
@@ -40,6 +42,10 @@ class DFlashModel:
             self._mask = draft.mask_embedding[None] * self.spec.embedding_scale
         self._head: nn.Module = draft.host.head if self.network.head is None else self.network.head
         self._causal = {layer.causal for layer in self.spec.layers}
+        # Where the mask has an embedding of its own, or the network its own table, ids alone would not do.
+        own = draft.mask_embedding is not None or self.network.embedding is not None
+        table = None if own else draft.host.embedding
+        self.program = draft_program(self.network, self._head, table, cache.layers)
 
     @torch.inference_mode()
     def write(self, states: tuple[torch.Tensor, ...], batch: DeviceBatch) -> None:
@@ -63,18 +69,37 @@ class DFlashModel:
         """`blocks` of a batch of whole blocks, whose first ids are the anchors; the first `scored` tokens of each."""
         spec = self.spec
         size, count, width = spec.block_size, batch.num_seqs, spec.hidden_size
-        embedded = self._mask.repeat(size * count, 1).view(count, size, width)
-        embedded[:, 0] = self._embed(batch.ids.view(count, size)[:, 0])
         prepare = self._host.attention.prepare
+        if self.program is not None and (paged := paged_of(prepare(batch))) is not None:
+            return self._called(self.program, batch, paged, scored)
+        embedded = self._embedded(batch)
         attention = {
             causal: prepare(replace(batch, mode=AttentionMode.CAUSAL) if causal else batch) for causal in self._causal
         }
-        outcome = self.network(embedded.view(-1, width), batch.positions, batch.slots, self.cache, attention)
+        outcome = self.network(embedded, batch.positions, batch.slots, self.cache, attention)
         # Every slot took part in the pass, but only those that somebody asked for are scored.
         first = int(not spec.anchor_predicts)
         rows = [part.view(count, size, width)[:, first : first + scored].reshape(-1, width) for part in outcome]
         hidden = self.network.final(*rows)
         return self._logits(hidden).view(count, scored, -1), hidden.view(count, scored, width)
+
+    def _embedded(self, batch: DeviceBatch) -> torch.Tensor:
+        """Anchors and masks, [T, D]."""
+        size, count, width = self.spec.block_size, batch.num_seqs, self.spec.hidden_size
+        embedded = self._mask.repeat(size * count, 1).view(count, size, width)
+        embedded[:, 0] = self._embed(batch.ids.view(count, size)[:, 0])
+        return embedded.view(-1, width)
+
+    def _called(
+        self, program: DraftProgram, batch: DeviceBatch, paged: PagedBatch, scored: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`blocks_of` by the program."""
+        spec, count = self.spec, batch.num_seqs
+        first = int(not spec.anchor_predicts)
+        rows = torch.arange(count * spec.block_size).view(count, -1)[:, first : first + scored].reshape(-1)
+        logits, hidden = program.run(batch, paged, rows, None if program.embeds else self._embedded(batch))
+        logits = logits.view(count, scored, -1)[..., : spec.draft_vocab_size]
+        return logits, hidden.view(count, scored, -1)
 
     @property
     def block_length(self) -> int:
