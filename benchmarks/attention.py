@@ -64,9 +64,7 @@ class Bench:
         heads, shape = case.model
         each = -(-case.kv_len // BLOCK)
         tables = torch.randperm(case.count * each, generator=torch.Generator().manual_seed(0)).view(case.count, each)
-        inputs = [
-            SeqInput([1] * case.queries, case.kv_len - case.queries, row, case.kv_len) for row in tables.tolist()
-        ]
+        inputs = [SeqInput([1] * case.queries, case.kv_len - case.queries, row, case.kv_len) for row in tables.tolist()]
         batch = pack(inputs, BLOCK, CPU, AttentionMode(case.mode), 32)
         self.batch = PagedBatch(
             *(batch.block_tables, batch.query_starts, batch.kv_lens, batch.positions, BLOCK),

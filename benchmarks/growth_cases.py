@@ -8,6 +8,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from benchmarks.null_worker import InstantWorker, Script
 from engine.cluster.messages import encode
@@ -60,11 +61,11 @@ def curve(panel: str, name: str, unit: str, sizes: Sequence[int], measure: Measu
 def scheduling_curves() -> Iterator[Curve]:
     """Planning, taking in results and building the message, for each kind of pipeline."""
     for name, script in PIPELINES.items():
-        yield curve("batch", name, "us", BATCHES, lambda size, script=script: _step(script, size, 0))
-    yield curve("batch", "plain decoding, one step behind", "us", BATCHES, lambda size: _step(Script(), size, 1))
+        yield curve("batch", name, "us", BATCHES, partial(_step, script, 0))
+    yield curve("batch", "plain decoding, one step behind", "us", BATCHES, partial(_step, Script(), 1))
     yield curve("prompt", "a step of 32 that decode", "us", PROMPTS, _decode_at)
-    yield curve("prompt", "all steps of a prompt in chunks", "us", PROMPTS, lambda size: _prefill(size, found=False))
-    yield curve("prompt", "starting a prompt that is cached", "us", PROMPTS, lambda size: _prefill(size, found=True))
+    yield curve("prompt", "all steps of a prompt in chunks", "us", PROMPTS, partial(_prefill, found=False))
+    yield curve("prompt", "starting a prompt that is cached", "us", PROMPTS, partial(_prefill, found=True))
 
 
 def waiting_curves() -> Iterator[Curve]:
@@ -78,7 +79,7 @@ def cache_curves() -> Iterator[Curve]:
     """A prefix cache that fills the pool: by prompts of 512 blocks."""
     measured = {size: _cache(size) for size in BLOCKS}
     for i, name in enumerate(("inserting all", "finding all", "evicting all")):
-        yield curve("cache", name, "us", BLOCKS, lambda size, i=i: measured[size][i])
+        yield Curve("cache", name, "us", tuple((size, found[i]) for size, found in measured.items()))
     yield curve("memory", "of the pool and its index", "MB", BLOCKS, _memory)
 
 
@@ -117,7 +118,7 @@ def _fastest(core: EngineCore, worker: InstantWorker, steps: int = STEPS) -> flo
     return 1e6 * sorted(found)[steps // 20]
 
 
-def _step(script: Script, sequences: int, lag: int) -> float:
+def _step(script: Script, lag: int, sequences: int) -> float:
     return _fastest(*_core(script, sequences, 64, lag))
 
 

@@ -52,9 +52,16 @@ def _panel(axes: Axes, curves: Sequence[Curve]) -> None:
         axes.plot(sizes, values, marker=mark, markersize=4, color=colour, label=label)
     lowest = min(value for curve in curves for _, value in curve.points)
     highest = max(value for curve in curves for _, value in curve.points)
-    sizes = [at for curve in curves for at, _ in curve.points]
-    line = [highest * 2 * at / max(sizes) for at in (min(sizes), max(sizes))]
-    axes.plot((min(sizes), max(sizes)), line, ":", color="#888888", linewidth=1, label="this slope is linear")
+    everywhere = [at for curve in curves for at, _ in curve.points]
+    ends = min(everywhere), max(everywhere)
+    axes.plot(
+        ends,
+        [2 * highest * at / ends[1] for at in ends],
+        ":",
+        color="#888888",
+        linewidth=1,
+        label="this slope is linear",
+    )
     axes.set_ylim(lowest / 2, highest * 10)
     axes.margins(x=0.06)
     for axis in (axes.xaxis, axes.yaxis):

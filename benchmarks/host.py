@@ -58,7 +58,9 @@ def main(arguments: Sequence[str]) -> int:
                     runs = [measure(case, steps) for _ in range(options.runs)]
                     by_batch[batch] = {part: median(run.get(part, 0.0) for run in runs) for part in PARTS}
                 tables[f"{pipeline}, {sampling}"] = by_batch
-                print(f"\n{pipeline}, {sampling}, {options.verifier}: microseconds a step\n{_table(by_batch)}", flush=True)
+                print(
+                    f"\n{pipeline}, {sampling}, {options.verifier}: microseconds a step\n{_table(by_batch)}", flush=True
+                )
     if options.output:
         command = " ".join(("python -m benchmarks.host", *arguments))
         report.write_record(options.output, command, load.cores, {"microseconds": tables})

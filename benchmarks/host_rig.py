@@ -95,6 +95,7 @@ PARTS: tuple[tuple[object, str, str], ...] = (
     (Packer, "pack", "pack"),
     (PagedCpuAttention, "prepare", "pack"),
     (Sampler, "sample", "sampler"),
+    (Sampler, "sample_spread", "sampler"),
     (Sampler, "denoise", "sampler"),
     (Sampler, "processed_log_probs", "laws"),
     (referee.Referee, "verify", "referee"),

@@ -140,13 +140,19 @@ def show(chosen: list[Way], outputs: int, inputs: int, batch: int, turns: int, p
         )
 
 
-def measure_peaks(compiler: str, flags: tuple[str, ...], folder: Path, turns: int) -> Peaks:
-    """Compiles and runs `matrix_peaks.c`."""
+def load_peaks(compiler: str, flags: tuple[str, ...], folder: Path) -> ctypes.CDLL:
+    """`matrix_peaks.c`, compiled into this folder."""
     path = folder / "peaks.so"
     subprocess.run([compiler, *FLAGS, *flags, f"-I{SOURCES}", "-o", path, PEAKS, "-lm"], check=True)
     peaks = ctypes.CDLL(str(path))
     peaks.peak_floats.argtypes = peaks.peak_bytes.argtypes = [ctypes.c_int64]
     peaks.peak_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    return peaks
+
+
+def measure_peaks(compiler: str, flags: tuple[str, ...], folder: Path, turns: int) -> Peaks:
+    """Compiles and runs `matrix_peaks.c`."""
+    peaks = load_peaks(compiler, flags, folder)
     lanes = 16 if any("avx512" in flag for flag in flags) else 8
     memory, loops = torch.ones(4 * COLD_BYTES, dtype=torch.uint8), 2_000_000
     return Peaks(

@@ -88,10 +88,12 @@ class Servers(msgspec.Struct):
         return statistics.median(found) if found else None
 
 
-class Threads(msgspec.Struct):
-    bytes_per_second: float
-    rate: float
-    fp32_rate: float
+class Peak(msgspec.Struct):
+    """Per second, of all threads together: bytes read, operations with floats and with bytes."""
+
+    read: float
+    floats: float
+    bytes: float
 
 
 class Limits(msgspec.Struct):
@@ -101,11 +103,7 @@ class Limits(msgspec.Struct):
     calls: int
     weight_bytes: int
     gemm_ms: dict[str, float]
-    threads: dict[str, Threads]
-
-    @property
-    def bandwidth(self) -> float:
-        return max(found.bytes_per_second for found in self.threads.values())
+    rates: dict[str, float]  # operations per second of the kernel, by threads
 
 
 class Work(msgspec.Struct):
@@ -149,10 +147,11 @@ class StepRun(msgspec.Struct):
 
 
 class Steps(msgspec.Struct):
-    """The part `steps` of the record; both by format."""
+    """The part `steps` of the record; runs and limits by format."""
 
     runs: dict[str, StepRun]
     limits: dict[str, Limits]
+    peaks: dict[str, Peak]  # by threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +185,7 @@ def steps_of(parts: Mapping[str, Part]) -> Steps | None:
     found = msgspec.convert(parts["steps"].found["json"], dict[str, object])
     runs = {name[5:]: msgspec.convert(one, StepRun) for name, one in found.items() if name.startswith("step-")}
     limits = {name[7:]: msgspec.convert(one, Limits) for name, one in found.items() if name.startswith("limits-")}
-    return Steps(runs, limits)
+    return Steps(runs, limits, msgspec.convert(found.get("peaks", {}), dict[str, Peak]))
 
 
 def against(found: Servers, server: str, other: str, figure: Figure) -> Best | None:

@@ -64,7 +64,7 @@ def page(parts: Mapping[str, Part]) -> str:
         if servers.left_out:
             words["left_out"] = "\n".join(("Left out:", "", *tables.left_out_lines(servers)))
     if steps is not None and steps.limits:
-        words["machine_limits"] = tables.machine_line(list(steps.limits.values())) + "."
+        words["machine_limits"] = report.markdown_table(tables.machine_rows(steps.peaks))
         words["limits"] = report.markdown_table(tables.limit_rows(steps))
     if steps is not None and steps.runs:
         words["kernels"] = report.markdown_table(tables.kernel_rows(steps))

@@ -52,11 +52,12 @@ def _limits(quant: str) -> Program:
     return Program(f"limits-{quant}", arguments, 180, ("--seconds", "0.2"))
 
 
+_PEAKS = Program("peaks", ("benchmarks.performance_peaks", "--json", "{json}"), 60)
 _FRONT = ("--streams", "1", "32", "128", "--variants", "chat", "completions")
 _GROWTH = ("benchmarks.growth", "--engine", "demo", "--quant", "int8")
 
 PROGRAMS: dict[str, tuple[Program, ...]] = {
-    "steps": tuple(make(quant) for quant in FORMATS for make in (_limits, _step)),
+    "steps": (_PEAKS, *(make(quant) for quant in FORMATS for make in (_limits, _step))),
     "quality": (Program("quality", ("benchmarks.quality", "--json", "{json}"), 900, ("--quick",), resumes=True),),
     "host": (
         Program(

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from benchmarks.step_ceilings import measure_ceilings
 from benchmarks.step_parts import bytes_of, is_matrix_product, plain_weight
 from engine.kernels.matrix import pack
 from engine.runtime.linear import NativeLinear, PackedLinear
@@ -89,13 +88,9 @@ def limits(loaded: LoadedModel, seconds: float) -> dict[str, object]:
         "weight_bytes": sum(map(bytes_of, layers)),
         "gemm_ms": {str(rows): 1e3 * pass_seconds(layers, rows, seconds) for rows in ROWS},
     }
-    by_threads: dict[str, object] = {}
+    rates: dict[str, float] = {}
     for count in sorted({1, threads}):
         torch.set_num_threads(count)
-        by_threads[str(count)] = {
-            "bytes_per_second": measure_ceilings(loaded.placement, 3).bytes_per_second,
-            "rate": kernel_rate(loaded.placement.quant, seconds / 4),
-            "fp32_rate": kernel_rate("none", seconds / 4),
-        }
+        rates[str(count)] = kernel_rate(loaded.placement.quant, seconds / 4)
     torch.set_num_threads(threads)
-    return {**found, "threads": by_threads}
+    return {**found, "rates": rates}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from benchmarks import report
 from benchmarks.performance_contenders import BY_NAME, EIGHT, MANY, QUESTIONS, SINGLE, Contender
 from benchmarks.performance_figures import (
     FIGURES,
     Figure,
-    Limits,
+    Peak,
     Servers,
     Step,
     Steps,
@@ -85,25 +85,25 @@ def _comparison(found: Servers, steps: Steps | None, figure: Figure, one: Conten
 def limit_rows(steps: Steps) -> Rows:
     """What the machine and the kernels allow, by format."""
     rows = [["", "weights, MB", "products alone at 1, ms", "at 8", "at 32", "at 512", "bytes alone, ms"]]
-    rows[0] += ["kernel, 1 thread, G/s", "2 threads"]
+    rows[0] += ["kernel, 1 thread, Gop/s", "all threads", "of the peak"]
+    read = max((peak.read for peak in steps.peaks.values()), default=0.0)
     for quant, one in steps.limits.items():
         products = [f"{one.gemm_ms[count]:.2f}" for count in ("1", "8", "32", "512")]
-        bytes_ms = 1e3 * one.weight_bytes / one.bandwidth
-        rates = [f"{threads.rate / 1e9:,.0f}" for threads in one.threads.values()]
-        rates += ["-"] * (2 - len(rates))
-        rows.append([quant, f"{one.weight_bytes / 1e6:.0f}", *products, f"{bytes_ms:.2f}", *rates[:2]])
+        bytes_ms = f"{1e3 * one.weight_bytes / read:.2f}" if read else "-"
+        rates = list(one.rates.items())
+        shown = [f"{rate / 1e9:,.0f}" for _, rate in (rates[0], rates[-1])]
+        peaks = [steps.peaks[count] for count, _ in rates if count in steps.peaks]
+        peak = 0.0 if not peaks else peaks[-1].floats if quant == "fp16" else peaks[-1].bytes
+        share = f"{rates[-1][1] / peak:.2f}" if peak else "-"
+        rows.append([quant, f"{one.weight_bytes / 1e6:.0f}", *products, bytes_ms, *shown, share])
     return rows
 
 
-def machine_line(limits: Sequence[Limits]) -> str:
-    """Of all formats the best: what disturbs a measurement only makes it slower."""
-    told = []
-    for count in dict.fromkeys(name for one in limits for name in one.threads):
-        found = [one.threads[count] for one in limits if count in one.threads]
-        read, rate = max(one.bytes_per_second for one in found), max(one.fp32_rate for one in found)
-        threads = f"{count} thread{'s' if count != '1' else ''}"
-        told.append(f"{threads}: {read / 1e9:.1f} GB/s from memory, {rate / 1e9:,.0f} GFLOP/s in fp32 (torch)")
-    return "; ".join(told)
+def machine_rows(peaks: Mapping[str, Peak]) -> Rows:
+    rows = [["threads", "read from memory, GB/s", "fp32, Gop/s", "int8, Gop/s"]]
+    for count, peak in peaks.items():
+        rows.append([count, f"{peak.read / 1e9:.1f}", f"{peak.floats / 1e9:,.0f}", f"{peak.bytes / 1e9:,.0f}"])
+    return rows
 
 
 def kernel_rows(steps: Steps) -> Rows:

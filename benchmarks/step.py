@@ -128,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="with graphs, whole rounds with a random DFlash draft of 5 layers and blocks of N tokens (default: 0, none)",
+        help="with graphs, whole rounds with a random DFlash draft of 5 layers, blocks of N tokens (default: 0, none)",
     )
     made.add_argument("--seconds", type=float, default=2.0, help="per case (default: %(default)s)")
     made.add_argument("--quick", action="store_true", help="few steps: for a look, not for the record")

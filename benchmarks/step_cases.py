@@ -39,7 +39,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        query = f" query {self.query}" if self.kind != "decode" else ""
+        query = f" query {self.query}" if not self.kind.endswith("decode") else ""
         return f"{self.kind} batch {self.batch}{query} kv {self.kv}"
 
     @property

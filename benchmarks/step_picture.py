@@ -20,7 +20,8 @@ COLOURS = {
     "other": "#6cc5b0",
     "sampling": "#3ca951",
     "rest": "#9498a0",
-    "host": "#d8dade", "captured": "#ff725c",
+    "host": "#d8dade",
+    "captured": "#ff725c",
 }
 
 

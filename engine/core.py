@@ -44,7 +44,6 @@ class EngineCore:
             hash_seed=hash_seed if hash_seed is not None else secrets.token_bytes(16),
             clock=clock,
         )
-        self._drafted = 0  # tokens, up to the last report
         # What a denoised sequence feeds next depends on its result: running ahead would only split the batch in two.
         self._lag = 0 if worker.capacity().traits.denoises else config.scheduler.lag
         self._clock = clock
@@ -73,14 +72,12 @@ class EngineCore:
         """Plan and submit a step, then take in the results that are due. Raises EngineDead (see the class)."""
         began = self._clock()
         plan = self._scheduler.schedule()
-        planned = self._scheduler.planned
         updates, self._refused = self._refused, []
         submitted = self._submit(plan, updates)
         while len(self._in_flight) > (self._lag if submitted and plan.items else 0):
             self._collect(updates)
         self._watch_for_standstill(plan, updates)
-        drafted, self._drafted = self._drafted, self._scheduler.drafted
-        stats = self._scheduler.stats(planned + self._drafted - drafted, self._clock() - began)
+        stats = self._scheduler.stats(self._scheduler.take_fed(), self._clock() - began)
         return StepReport(tuple(updates), stats)
 
     def _submit(self, plan: StepPlan, updates: list[SeqUpdate]) -> bool:

@@ -483,13 +483,12 @@ class Verifier(Protocol):
 
 
 class PathVerifier(Verifier, Protocol):
-    """One that needs nothing but the target's own tokens: it can say on the host, draft by draft, what `verify` says."""
+    """One that needs only the target's own tokens: it can say on the host, draft by draft, what `verify` says."""
 
     def path(self, drafts: Sequence[int], parents: Sequence[int] | None, draws: Sequence[int]) -> list[int]:
         """Which tokens of a draft stand, in order; `parents` as in `DraftProposal`, of this draft alone.
 
-        draws[0] is the target's token after the last committed one, draws[j + 1] that after drafted token j; -1 where
-        nothing can be drawn. The token that follows the path is the draw after its last token.
+        draws[0] is the target's token after the last committed one, draws[j + 1] that after drafted token j; -1: none.
         """
         ...
 

@@ -66,7 +66,7 @@ class _Dispatched(TorchDispatchMode):
                     raise HostSync(f"{name}: an index of {index.dtype}, whose shape depends on values")
                 if index is not None and index.device != args[0].device:
                     raise HostSync(f"{name}: an index on {index.device}")
-        if packet in ("aten._to_copy", "aten.copy_"):
+        if packet in ("aten._to_copy", "aten.to", "aten.copy_"):
             _check_copy(name, args, kwargs)
         return func(*args, **kwargs)
 
@@ -77,8 +77,8 @@ def _check_copy(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
         waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
     else:
         source = args[0].device
-        target = kwargs.get("device") or source
-        waits = not kwargs.get("non_blocking", False)
+        target = kwargs.get("device") or next((each for each in args if isinstance(each, torch.device)), source)
+        waits = not (kwargs.get("non_blocking", False) or any(each is True for each in args))
     if source != target and waits:
         raise HostSync(f"{name}: a copy from {source} to {target} that waits")
 

@@ -139,10 +139,8 @@ def paged_attention(
         sink = tl.load(sinks + heads).to(tl.float32) * 1.4426950408889634
         counted = (tl.load(item + 4) == 0) & valid
         top, total = tl.where(counted, sink, top), tl.where(counted, 1.0, total)
-    if not FP8:
-        q = q.to(key.dtype.element_ty)
     acc, top, total = _attend(
-        q, top, total, key + head * KEY_HEAD, value + head * VALUE_HEAD,
+        q if FP8 else q.to(key.dtype.element_ty), top, total, key + head * KEY_HEAD, value + head * VALUE_HEAD,
         block_tables + sequence * table_row, item, kv_len, low, high, start, valid,
         tree_masks + token * WORDS, query_positions + first_token, kv_len - num_tokens, multiplier, inner,
         SLOT, KEY_DIM, VALUE_DIM, PAGE, MODE, WINDOW, SOFTCAP, WORDS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_V,

@@ -96,7 +96,7 @@ class Launch:
 
 @dataclass(slots=True, eq=False)
 class TritonStep:
-    """See `protocols.StepAttention`. Queries are cast to the pool's type, or fp8 to theirs; softmax and sums are fp32."""
+    """See `protocols.StepAttention`. Queries are cast to the pool's type, fp8 pools to theirs; sums are fp32."""
 
     batch: DeviceBatch
     machine: Machine

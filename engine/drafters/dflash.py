@@ -70,7 +70,7 @@ class DFlashDrafter:
         walk = self._in_turn if self._model.sequential else self._at_once
         walked = walk(logits, hidden, torch.tensor(anchors, device=logits.device), wishes)
         tokens, device = walked.tokens, logits.device
-        if any([lengths[index] < tokens.shape[1] for index in chosen]):
+        if any(lengths[index] < tokens.shape[1] for index in chosen):
             limits = torch.tensor([lengths[index] for index in chosen], device=device)
             tokens = tokens.masked_fill(torch.arange(tokens.shape[1], device=device) >= limits[:, None], -1)
         place = _Places(len(asks), chosen, device)
@@ -97,11 +97,11 @@ class DFlashDrafter:
         """The likeliest tokens."""
         logits, hidden = self._model.blocks_of(batch, count)
         if not self._model.sequential:
-            return self._model.target_ids(best_two(logits)[0])
+            return self._model.target_ids(logits.argmax(-1))
         tokens = [anchors]
         for step in range(count):
             refined = self._model.refine(logits[:, step], hidden[:, step], tokens[-1])
-            tokens.append(self._model.target_ids(best_two(refined)[0]))
+            tokens.append(self._model.target_ids(refined.argmax(-1)))
         return torch.stack(tokens[1:], dim=1)
 
     def _at_once(self, logits: torch.Tensor, hidden: torch.Tensor, before: torch.Tensor, wishes: Wishes) -> Walked:

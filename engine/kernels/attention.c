@@ -7,23 +7,14 @@
 #include <omp.h>
 #endif
 
-#define SPLIT_KEYS 256 /* shortest split */
-#define MOST_SPLITS 32
-#define ENOUGH_UNITS 16 /* a sequence of many rows is split until it has so many units */
-#define ENOUGH_FEW 4    /* units of few rows per thread; where there are less, each head is one of its own */
-#define PARALLEL_WORK 400000 /* below this, some 15 us of work, no other thread is woken */
+#define ENOUGH 4 /* units per thread; where there are less of few rows, each head is one of its own */
+#define LEAST_ROWS 24 /* of a task of many rows, however many threads there are */
+#define PARALLEL_WORK 400000 /* products; below, some 15 us of work, no other thread is woken */
 
 static int64_t heads_of(const Problem *p, const Task *task) { return task->head < 0 ? p->kv_heads : 1; }
 
 /* One split's partial result: values [rows][value_dim], then maxima and sums [rows]. */
 static int64_t partial_width(const Problem *p) { return p->value_dim + 2; }
-
-static void cut_keys(Task *task, int64_t splits) {
-    int64_t span = task->keys.high - task->keys.low, step = task->few ? FEW_KEYS : TILE_KEYS;
-    splits = max64(1, min64(splits, MOST_SPLITS));
-    task->split_keys = max64(round_up((span + splits - 1) / splits, step), step);
-    task->splits = max64(1, (span + task->split_keys - 1) / task->split_keys);
-}
 
 /* What the rows of a task see together. In a tree a later row may see less than an earlier one. */
 static Range rows_range(const Layer *layer, const Task *task) {
@@ -38,7 +29,8 @@ static Range rows_range(const Layer *layer, const Task *task) {
 }
 
 static void add_task(Plan *plan, const Problem *p, Task task) {
-    int64_t rows = heads_of(p, &task) * task.rows;
+    int64_t rows = heads_of(p, &task) * task.rows, padded = round_up(rows, MR);
+    task.splits = task.few ? max64(1, (task.keys.high + FEW_SPLIT - 1) / FEW_SPLIT - task.keys.low / FEW_SPLIT) : 1;
     if (plan->tasks) {
         Task *to = plan->tasks + plan->num_tasks;
         *to = task;
@@ -47,6 +39,11 @@ static void add_task(Plan *plan, const Problem *p, Task task) {
         for (int32_t split = 0; split < task.splits; split++)
             plan->units[plan->num_units + split] = (KeyUnit){(int32_t)plan->num_tasks, split};
     }
+    int64_t packed = rows * round_up(p->key_dim, W);
+    if (!task.few)
+        packed = (TILE_KEYS + padded) * p->key_dim + TILE_KEYS * plan->value_stride + MR * TILE_KEYS;
+    plan->packed_floats = max64(plan->packed_floats, round_up(packed, 16));
+    plan->result_floats = max64(plan->result_floats, round_up(padded * (plan->value_stride + 2), 16));
     plan->num_tasks++;
     plan->num_units += task.splits;
     if (task.splits > 1) plan->partial_floats += round_up(task.splits * rows * partial_width(p), 16);
@@ -54,37 +51,35 @@ static void add_task(Plan *plan, const Problem *p, Task task) {
     plan->products += task.few ? products : products / 2; /* few rows wait for memory */
 }
 
+/* Folded rows of a task of many rows: fewer than a tile's where there are too few tasks for all threads. */
+static int64_t tile_height(const Problem *p, int64_t rows, int threads) {
+    int64_t wanted = (ENOUGH * threads + p->num_seqs * p->kv_heads - 1) / (p->num_seqs * p->kv_heads);
+    int64_t tiles = max64((rows + TILE_ROWS - 1) / TILE_ROWS, threads > 1 ? min64(wanted, rows / LEAST_ROWS) : 1);
+    return round_up((rows + tiles - 1) / tiles, MR);
+}
+
 /* The tasks of one sequence, the costliest first. */
-static void plan_sequence(Plan *plan, const Problem *p, int64_t seq, int few) {
-    int64_t rows = (p->starts[seq + 1] - p->starts[seq]) * plan->fold;
-    if (rows <= 0 || (rows <= FEW_ROWS) != few) return;
+static void plan_sequence(Plan *plan, const Problem *p, int64_t seq, int few, int threads) {
+    int64_t tokens = p->starts[seq + 1] - p->starts[seq], rows = tokens * plan->fold;
+    if (rows <= 0 || (tokens <= FEW_TOKENS && rows <= FEW_ROWS) != few) return;
     const Layer layer = {p, plan->fold, plan->value_stride, &plan->stray};
-    int64_t tiles = few ? 1 : (rows + TILE_ROWS - 1) / TILE_ROWS, height = round_up((rows + tiles - 1) / tiles, MR);
+    int64_t height = few ? rows : tile_height(p, rows, threads), tiles = (rows + height - 1) / height;
     int64_t heads = few && !plan->by_head ? 1 : p->kv_heads, count = tiles * heads;
     for (int64_t i = 0; i < count; i++) {
         Task task = {.seq = seq, .head = few && !plan->by_head ? -1 : i % heads, .few = few};
-        task.first_row = few ? 0 : (tiles - 1 - i / heads) * height;
-        task.rows = few ? rows : min64(height, rows - task.first_row);
+        task.first_row = (tiles - 1 - i / heads) * height;
+        task.rows = min64(height, rows - task.first_row);
         task.keys = rows_range(&layer, &task);
-        int64_t span = task.keys.high - task.keys.low, wanted = (ENOUGH_UNITS + count - 1) / count;
-        cut_keys(&task, few ? (span + SPLIT_KEYS - 1) / SPLIT_KEYS : min64(wanted, span / SPLIT_KEYS));
         add_task(plan, p, task);
     }
 }
 
 /* Many rows come first, so that no thread is left with a long sequence at the end. */
-static void plan_sequences(Plan *plan, const Problem *p) {
+static void plan_sequences(Plan *plan, const Problem *p, int threads) {
     plan->num_tasks = plan->num_units = plan->partial_floats = plan->products = 0;
+    plan->result_floats = plan->packed_floats = 0;
     for (int few = 0; few < 2; few++)
-        for (int64_t seq = 0; seq < p->num_seqs; seq++) plan_sequence(plan, p, seq, few);
-}
-
-/* Rows of results, then what attend_few or attend_tile packs. */
-static int64_t scratch_needed(const Plan *plan, const Problem *p) {
-    int64_t few = FEW_ROWS * p->kv_heads, rows = round_up(max64(few, TILE_ROWS), MR);
-    int64_t packed = (TILE_KEYS + TILE_ROWS) * p->key_dim + TILE_KEYS * plan->value_stride + MR * TILE_KEYS;
-    packed = max64(packed, few * round_up(p->key_dim, W));
-    return round_up(rows * (plan->value_stride + 2), 16) + round_up(packed, 16);
+        for (int64_t seq = 0; seq < p->num_seqs; seq++) plan_sequence(plan, p, seq, few, threads);
 }
 
 /* Whether every sequence's queries lie in the batch, and there is a block to read at all. */
@@ -96,10 +91,9 @@ static int in_bounds(const Problem *p) {
 
 static void count_tasks(Plan *plan, const Problem *p, int threads) {
     *plan = (Plan){.fold = p->heads / p->kv_heads, .value_stride = round_up(p->value_dim, NR)};
-    plan->scratch_floats = scratch_needed(plan, p);
-    plan_sequences(plan, p);
-    plan->by_head = threads > 1 && plan->num_units < ENOUGH_FEW * threads;
-    if (plan->by_head) plan_sequences(plan, p);
+    plan_sequences(plan, p, threads);
+    plan->by_head = threads > 1 && plan->num_units < ENOUGH * threads;
+    if (plan->by_head) plan_sequences(plan, p, threads);
 }
 
 int64_t attention_space(const Problem *p, int threads) {
@@ -107,17 +101,17 @@ int64_t attention_space(const Problem *p, int threads) {
     if (!in_bounds(p)) return -1;
     count_tasks(&plan, p, threads);
     size_t units = sizeof(KeyUnit) * (size_t)plan.num_units, tasks = sizeof(Task) * (size_t)plan.num_tasks;
-    int64_t bytes = 4 * (plan.partial_floats + threads * plan.scratch_floats) + (int64_t)(units + tasks);
-    return round_up(bytes, 64) + 64;
+    int64_t floats = plan.partial_floats + threads * (plan.result_floats + plan.packed_floats);
+    return round_up(4 * floats + (int64_t)(units + tasks), 64) + 64;
 }
 
 void attention_plan(Plan *plan, const Problem *p, int threads, void *space) {
     count_tasks(plan, p, threads);
     plan->scratch = space;
-    plan->partials = plan->scratch + threads * plan->scratch_floats;
+    plan->partials = plan->scratch + threads * (plan->result_floats + plan->packed_floats);
     plan->tasks = (Task *)(plan->partials + plan->partial_floats);
     plan->units = (KeyUnit *)(plan->tasks + plan->num_tasks);
-    plan_sequences(plan, p);
+    plan_sequences(plan, p, threads);
 }
 
 int attention_stray(const Plan *plan) { return atomic_load(&plan->stray); }
@@ -177,29 +171,34 @@ static void finish_unit(const Layer *layer, Task *task, int64_t split, const Gat
     }
 }
 
-static void attend_unit(const Layer *layer, Task *task, int64_t split, float *scratch) {
+static void attend_unit(const Layer *layer, Task *task, int64_t split, float *results, float *packed) {
     int64_t rows = heads_of(layer->problem, task) * task->rows, padded = round_up(rows, MR);
-    Range keys = {task->keys.low + split * task->split_keys, 0};
-    keys.high = min64(keys.low + task->split_keys, task->keys.high);
-    Gathered done = {scratch, 0, 0, layer->value_stride};
+    Range keys = task->keys;
+    if (task->few) { /* steps begin at multiples of their length, so some keys may lie before what is seen */
+        int64_t first = task->keys.low / FEW_SPLIT + split;
+        keys.low = max64(first * FEW_SPLIT, task->keys.low / FEW_KEYS * FEW_KEYS);
+        keys.high = min64((first + 1) * FEW_SPLIT, task->keys.high);
+    } else
+        keys.low = task->keys.low / TILE_KEYS * TILE_KEYS;
+    Gathered done = {results, 0, 0, layer->value_stride};
     done.maxima = done.values + padded * done.stride;
     done.sums = done.maxima + padded;
     memset(done.values, 0, padded * done.stride * sizeof(float));
     memset(done.sums, 0, padded * sizeof(float));
     for (int64_t row = 0; row < padded; row++) done.maxima[row] = -INFINITY;
-    float *rest = scratch + round_up(padded * (done.stride + 2), 16);
-    if (task->few) attend_few(layer, task, keys, &done, rest);
-    else attend_tile(layer, task, keys, &done, rest);
+    if (task->few) attend_few(layer, task, keys, &done, packed);
+    else attend_tile(layer, task, keys, &done, packed);
     finish_unit(layer, task, split, &done);
 }
 
 void attention_work(Plan *plan, const Problem *problem, atomic_llong *next, int thread) {
     const Layer layer = {problem, plan->fold, plan->value_stride, &plan->stray};
+    float *results = plan->scratch + thread * (plan->result_floats + plan->packed_floats);
     for (;;) {
         int64_t i = atomic_fetch_add(next, 1);
         if (i >= plan->num_units) return;
         KeyUnit unit = plan->units[i];
-        attend_unit(&layer, plan->tasks + unit.task, unit.split, plan->scratch + thread * plan->scratch_floats);
+        attend_unit(&layer, plan->tasks + unit.task, unit.split, results, results + plan->result_floats);
     }
 }
 

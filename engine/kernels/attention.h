@@ -1,23 +1,28 @@
 /* Attention over the paged pool, read in place: what the parts share.
 
    A task is one key/value head's query rows of one sequence (or, for few rows, all heads of one sequence): every key and
-   value is loaded once for all query heads of its group and all rows of the tile. Rows are "folded": row r of a
+   value is loaded once for all query heads of its group and all rows of the task. Rows are "folded": row r of a
    key/value head is query r / fold, head r % fold of the group, so that grouped heads look like more queries.
-   A long key range is cut into splits; each gives a maximum, a sum and unnormalised values (Milakov and Gimelshein
-   2018; Dao et al. 2022), which the last split to finish joins in order. How a head's keys are cut follows from its own
-   sequence alone, so a result never depends on what else is in the batch, or on the number of threads. */
+   The keys of few rows are cut into splits; each gives a maximum, a sum and unnormalised values (Milakov and Gimelshein
+   2018; Dao et al. 2022), which the last split to finish joins in order.
+
+   Splits, and the steps in which keys are taken, begin at fixed places. So a query's result depends on its own position
+   and on the path it takes (few rows or many) alone: not on the other queries of its sequence, on what else is in the
+   batch, or on the number of threads. Blocks that are verified take the path of single tokens. */
 #pragma once
 
 #include <stdatomic.h>
 
 #include "vec.h"
 
-#define FEW_ROWS 8  /* folded rows of a head up to which keys are taken as dot products */
-#define FEW_KEYS 16 /* keys of one step of the few-rows path */
-#define MR 6        /* block of the many-rows path that is kept in registers: rows, columns */
-#define NR (2 * W)
-#define TILE_ROWS 192 /* rows and keys of one step of it */
+#define FEW_TOKENS 16 /* queries of a sequence, and folded rows of a head, up to which it takes the path of few rows */
+#define FEW_ROWS 128
+#define FEW_SPLIT 512 /* keys of a split; FEW_KEYS are those of one step */
+#define FEW_KEYS (2 * W)
+#define TILE_ROWS 192 /* rows of a task of the path of many rows, and keys of one step */
 #define TILE_KEYS 128
+#define MR 6 /* the block of its sums that is kept in registers: rows, columns */
+#define NR (2 * W)
 #define LOG2E 1.44269504f
 
 enum { CAUSAL, BLOCK_CAUSAL, BIDIRECTIONAL, TREE };
@@ -49,7 +54,7 @@ typedef struct {
 typedef struct {
     int64_t seq, head, first_row, rows; /* folded rows of `head`; head -1: all heads, `rows` each */
     Range keys;                         /* what its rows see together */
-    int64_t splits, split_keys;
+    int64_t splits;
     float *partials;      /* [splits][rows of all heads][partial_width] if there are several splits */
     atomic_int remaining; /* splits that are not done yet; the last one sets it up for the next layer */
     int few;
@@ -63,7 +68,8 @@ typedef struct {
 typedef struct {
     int64_t fold;         /* query heads of a key/value head */
     int64_t value_stride; /* value_dim rounded up to what the matrix kernels write */
-    int64_t num_tasks, num_units, partial_floats, scratch_floats, products;
+    int64_t num_tasks, num_units, partial_floats, products;
+    int64_t result_floats, packed_floats; /* of each thread's scratch: results of a unit, and what its path packs */
     Task *tasks;
     KeyUnit *units;
     float *scratch, *partials;
@@ -111,7 +117,7 @@ INLINE Range visible(const Problem *p, int64_t seq, int64_t token) {
         seen.low = max64(0, position - p->window + 1);
         if (p->mode == BLOCK_CAUSAL || p->mode == BIDIRECTIONAL) seen.high = min64(seen.high, position + p->window);
     }
-    seen.high = max64(seen.high, seen.low);
+    seen.low = min64(seen.low, seen.high);
     return seen;
 }
 

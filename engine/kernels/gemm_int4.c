@@ -15,13 +15,15 @@ INLINE void int4_part(const Tile *t, const int rows, const int columns, const in
             UNROLL for (int c = 0; c < columns; c++) dots[r][c] = i_set(0);
         UNROLL for (int pair = 0; pair < group / 8; pair++) {
             if (first == 0) tile_fetch(t, ahead + pair * PANEL * 4);
-            UNROLL for (int c = 0; c < columns; c++) {
-                ivec w = i_load(codes + (pair * PANEL + c * W) * 4);
-                ivec low = i_and(w, i_set(0x0f0f0f0f)), high = i_high_nibbles(w);
+            ivec w[MOST_COLUMNS];
+            UNROLL for (int c = 0; c < columns; c++) w[c] = i_load(codes + (pair * PANEL + c * W) * 4);
+            UNROLL for (int half = 0; half < 2; half++) {
+                ivec nibbles[MOST_COLUMNS];
+                UNROLL for (int c = 0; c < columns; c++)
+                    nibbles[c] = half ? i_high_nibbles(w[c]) : i_and(w[c], i_set(0x0f0f0f0f));
                 UNROLL for (int r = 0; r < rows; r++) {
-                    const int8_t *quads = (const int8_t *)x + r * t->x_step + pair * 8;
-                    dots[r][c] = i_dot_nibbles(dots[r][c], low, quads);
-                    dots[r][c] = i_dot_nibbles(dots[r][c], high, quads + 4);
+                    const int8_t *quad = (const int8_t *)x + r * t->x_step + pair * 8 + half * 4;
+                    UNROLL for (int c = 0; c < columns; c++) dots[r][c] = i_dot_nibbles(dots[r][c], nibbles[c], quad);
                 }
             }
         }
@@ -47,7 +49,7 @@ INLINE void int4_part(const Tile *t, const int rows, const int columns, const in
 #ifdef __AVX512F__
 #define COLUMNS(rows) 2
 #else
-#define COLUMNS(rows) ((rows) == 1 ? 4 : 2)
+#define COLUMNS(rows) ((rows) == 1 ? 4 : (rows) < 4 ? 2 : 1)
 #endif
 #define TILE(rows)                                                                                                     \
     static void int4_##rows(const Tile *t) {                                                                           \

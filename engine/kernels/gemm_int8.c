@@ -17,10 +17,11 @@ INLINE void int8_part(const Tile *t, const int rows, const int columns, const in
         }
         UNROLL for (int q = 0; q < quads; q++) {
             if (first == 0) tile_fetch(t, ahead + q * PANEL * 4);
-            UNROLL for (int c = 0; c < columns; c++) {
-                ivec w = i_load(codes + (q * PANEL + c * W) * 4);
-                UNROLL for (int r = 0; r < rows; r++)
-                    dots[r][c] = i_dot_bytes(dots[r][c], w, (const int8_t *)x + r * t->x_step + q * QUAD_BYTES);
+            ivec w[MOST_COLUMNS];
+            UNROLL for (int c = 0; c < columns; c++) w[c] = i_load(codes + (q * PANEL + c * W) * 4);
+            UNROLL for (int r = 0; r < rows; r++) {
+                const int8_t *quad = (const int8_t *)x + r * t->x_step + q * QUAD_BYTES;
+                UNROLL for (int c = 0; c < columns; c++) dots[r][c] = i_dot_bytes(dots[r][c], w[c], quad);
             }
         }
         UNROLL for (int c = 0; c < columns; c++) {
@@ -42,7 +43,7 @@ INLINE void int8_part(const Tile *t, const int rows, const int columns, const in
 #ifdef __AVX512F__
 #define COLUMNS(rows) 2
 #else
-#define COLUMNS(rows) ((rows) == 1 ? 4 : 2)
+#define COLUMNS(rows) ((rows) == 1 ? 4 : (rows) < 4 ? 2 : 1)
 #endif
 #define TILE(rows)                                                                                                     \
     static void int8_32_##rows(const Tile *t) {                                                                        \

@@ -42,9 +42,7 @@ class PackedMatrix:
         return dict(self._tensors)
 
     @classmethod
-    def from_tensors(
-        cls, format: str, outputs: int, inputs: int, tensors: Mapping[str, torch.Tensor]
-    ) -> PackedMatrix:
+    def from_tensors(cls, format: str, outputs: int, inputs: int, tensors: Mapping[str, torch.Tensor]) -> PackedMatrix:
         """What `tensors` of such a matrix gave. Raises ValueError for tensors of other names, kinds or sizes."""
         return cls(format, outputs, inputs, tensors)
 

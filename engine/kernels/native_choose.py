@@ -71,7 +71,7 @@ def choose(
 
 
 def noise(library: Library, key: Keys, count: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]:
-    """Bits and noise of the first `count` lanes, a multiple of 16, as `choose` sees them; key [5] as one of its keys."""
+    """Bits and noise of the first `count` lanes, a multiple of 16, as `choose` sees them; key [5] as in its keys."""
     assert key.shape == (5,) and key.dtype == np.uint64 and count % 16 == 0
     bits, found = np.empty(count, dtype=np.uint32), np.empty(count, dtype=np.float32)
     library.choose_noise_of(NOISE.pack(key.ctypes.data, bits.ctypes.data, found.ctypes.data, count))

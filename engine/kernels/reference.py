@@ -182,10 +182,12 @@ def _visible(batch: PagedBatch, rows: slice, keys: torch.Tensor, window: int | N
 
 
 def certainty(scores: torch.Tensor, tokens: torch.Tensor, measures: Iterable[str]) -> dict[str, torch.Tensor]:
-    """See `certainty.certainty`. Softmax, and sums by cumsum, come out the same for a row whatever stands in the others."""
+    """See `certainty.certainty`. Softmax, and sums by cumsum, give a row the same whatever stands in the others."""
     cells = CELLS_ON_CPU if scores.device.type == "cpu" else CELLS
     rows = max(1, cells // scores.shape[1])
-    parts: dict[str, list[torch.Tensor]] = {name: [] for name in ("probability", *sorted(set(measures) - {"probability"}))}
+    parts: dict[str, list[torch.Tensor]] = {
+        name: [] for name in ("probability", *sorted(set(measures) - {"probability"}))
+    }
     for part, chosen in zip(scores.split(rows), tokens.split(rows), strict=True):
         law = part.double().softmax(1)
         parts["probability"].append(law.gather(1, chosen.unsqueeze(1)).squeeze(1))

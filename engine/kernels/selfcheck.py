@@ -35,7 +35,15 @@ class _Layer:
 def largest_errors(library: Library) -> dict[str, float]:
     """Kernel -> largest absolute difference from its twin, over a few shapes with odd sizes; NaN counts as infinite."""
     random = torch.Generator().manual_seed(0)
-    checks = {"add_rms_norm": _norms, "gated_activation": _gates, "rope": _ropes, "attention": _attends, "matrix": _multiplies, "choice": _chooses, "certainty": _certainties}
+    checks = {
+        "add_rms_norm": _norms,
+        "gated_activation": _gates,
+        "rope": _ropes,
+        "attention": _attends,
+        "matrix": _multiplies,
+        "choice": _chooses,
+        "certainty": _certainties,
+    }
     errors = {}
     for name, check in checks.items():
         pairs = list(check(library, random))
@@ -139,7 +147,10 @@ def _chooses(library: Library, random: torch.Generator) -> _Pairs:
     assert found.second is not None
     yield torch.from_numpy(found.second), best.values[:, 1]
     bits, noise = native_choose.noise(library, np.zeros(5, dtype=np.uint64), 4096)
-    yield torch.from_numpy((bits[:8].view(np.uint64) != [int(word, 16) for word in _PHILOX.split()]).astype(float)), torch.zeros(4)
+    yield (
+        torch.from_numpy((bits[:8].view(np.uint64) != [int(word, 16) for word in _PHILOX.split()]).astype(float)),
+        torch.zeros(4),
+    )
     share = bits.astype(np.float32) * np.float32(2.0**-32) + np.float32(2.0**-33)
     exact = -np.log(-np.log1p(-share.astype(np.float64).clip(max=1 - 2.0**-24)))
     yield torch.from_numpy(noise.astype(np.float64)), torch.from_numpy(exact)

@@ -59,6 +59,21 @@ INLINE __m256 v_halves(vec a) {
 }
 INLINE float v_max_of(vec a) { return _mm512_reduce_max_ps(a); }
 INLINE float v_lowest(vec a) { return _mm512_cvtss_f32(a); }
+/* The sums of four vectors, spread over the 128-bit lanes: lanes of the result add up to (a, b, c, d). */
+INLINE vec v_fold(vec a, vec b, vec c, vec d) {
+    vec ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    vec cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    __m512d left = _mm512_castps_pd(ab), right = _mm512_castps_pd(cd);
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(left, right)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(left, right)));
+}
+/* Four sums each of two folded vectors, to p and p + stride. */
+INLINE void v_store_folded(float *p, int64_t stride, vec a, vec b) {
+    vec ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    __m512 x = _mm512_add_ps(ab, _mm512_shuffle_f32x4(ab, ab, 0xb1));
+    _mm_storeu_ps(p, _mm512_castps512_ps128(x));
+    _mm_storeu_ps(p + stride, _mm512_extractf32x4_ps(x, 2));
+}
 #else
 #define W 8
 typedef __m256 vec;
@@ -114,6 +129,18 @@ INLINE vec v_swap_pairs(vec a) { return _mm256_permute_ps(a, 0xb1); }
 INLINE vec v_fma_addsub(vec a, vec b, vec c) { return _mm256_fmaddsub_ps(a, b, c); }
 INLINE __m256 v_halves(vec a) { return a; }
 INLINE float v_lowest(vec a) { return _mm256_cvtss_f32(a); }
+INLINE vec v_fold(vec a, vec b, vec c, vec d) {
+    vec ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    vec cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    __m256d left = _mm256_castps_pd(ab), right = _mm256_castps_pd(cd);
+    return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(left, right)),
+                         _mm256_castpd_ps(_mm256_unpackhi_pd(left, right)));
+}
+INLINE void v_store_folded(float *p, int64_t stride, vec a, vec b) {
+    vec x = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    _mm_storeu_ps(p, _mm256_castps256_ps128(x));
+    _mm_storeu_ps(p + stride, _mm256_extractf128_ps(x, 1));
+}
 INLINE float v_max_of(vec a) {
     __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
@@ -128,13 +155,6 @@ INLINE float v_sum_of(vec a) {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
-}
-
-/* The sums of four vectors. */
-INLINE __m128 v_sums_of(vec a, vec b, vec c, vec d) {
-    __m256 ab = _mm256_hadd_ps(v_halves(a), v_halves(b)), cd = _mm256_hadd_ps(v_halves(c), v_halves(d));
-    __m256 all = _mm256_hadd_ps(ab, cd);
-    return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 }
 
 /* 2^f for f in [-0.5, 0.5]: minimax polynomial, relative error 3e-9 before rounding. */

@@ -19,7 +19,8 @@ from engine.errors import ModelLoadError
 from engine.kernels.layout import PagedBatch
 from engine.kernels.library import library
 from engine.kernels.matrix import PackedMatrix
-from engine.kernels.native_step import MOST_PLANS, NativeStep, StepPools, StepProgram, StepWanted
+from engine.kernels.native_step import NativeStep, StepPools, StepWanted
+from engine.kernels.step_program import MOST_PLANS, StepProgram
 from engine.models.context import ForwardContext, PagedContext, Taps
 from engine.models.draft_host import head_of
 from engine.models.fused.attention import FusedAttention

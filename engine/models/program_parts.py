@@ -11,8 +11,8 @@ from torch import nn
 from engine.kernels import native
 from engine.kernels.layout import HeadLayout
 from engine.kernels.matrix import PackedMatrix
-from engine.kernels.native_step import NO_NORM, StepLayer, StepNorm, StepRope
 from engine.kernels.reference import ACTIVATIONS, gated_activation
+from engine.kernels.step_program import NO_NORM, StepLayer, StepNorm, StepRope
 from engine.models.fused.attention import FusedAttention
 from engine.models.fused.backbone import FusedBackbone, RopeSource
 from engine.models.fused.embedding import HalfEmbedding, PackedEmbedding

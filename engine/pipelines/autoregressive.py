@@ -63,7 +63,7 @@ class AutoregressivePipeline:
         if not states:
             return repeat(None, len(shares))
         wanted = [state.sampling.logprobs for state in states]
-        reported = any([count is not None for count in wanted])
+        reported = any(count is not None for count in wanted)
         sampled = self._sampler.sample(logits, states, wanted if reported else None)
         drawn = zip(sampled.tokens.tolist(), sampled.failed.tolist(), sampled.logprobs or repeat(None), strict=False)
         if len(states) == len(shares):

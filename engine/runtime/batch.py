@@ -126,7 +126,7 @@ class Packer:
         slots = tables[rows, places // size].astype(np.int64) * size + places % size
         positions, *trees = _pack_trees(inputs, places) if mode is AttentionMode.TREE else (places,)
         keys = np.array(kv_lens, dtype=np.int32)
-        assert mode is AttentionMode.TREE or all([item.tree is None for item in inputs])
+        assert mode is AttentionMode.TREE or all(item.tree is None for item in inputs)
         host = [torch.from_numpy(part) for part in (ids, positions, slots, starts, keys, tables, *trees)]
         ids_there, positions_there, slots_there, starts_there, keys_there, tables_there, *trees_there = to_device(
             host, self._device

@@ -15,6 +15,7 @@ from engine.runtime.loading import LoadedModel
 from engine.runtime.memory import activation_bytes, available_bytes, measured_budget, plan_pool
 from engine.runtime.packing import weight_bytes
 from engine.runtime.runner import ModelRunner
+from engine.runtime.running_ahead import runs_ahead
 from engine.runtime.sampler import Sampler, SamplingState
 from engine.types import Request, SamplingParams
 
@@ -84,7 +85,10 @@ def size_pool(
         reserve = max(_step_estimate(config, model) for model in both) + drafting
         blocks, length = plan_pool(config, bytes_per_block, context, available_bytes(config.model.share), reserve)
         return blocks, length, f"{_mib(reserve)} kept for a step (estimated)"
-    reserve = max(step_peak(config, model, lookahead) for model in both) + GRAPHS + drafting
+    peak = max(step_peak(config, model, lookahead) for model in both)
+    if runs_ahead(config, loaded):
+        peak *= 2  # what captured steps compute lies in a pool of their own, which no other step may use
+    reserve = peak + GRAPHS + drafting
     free, total = torch.cuda.mem_get_info(device)
     own = torch.cuda.memory_reserved(device)
     measured = measured_budget(config, total, free, own) - reserve

@@ -11,8 +11,8 @@ import torch
 
 from engine.config import EngineConfig, ModelConfig, ParallelConfig
 from engine.errors import ConfigError, DeviceOutOfMemory, EngineDead, SlipstreamError
-from engine.kernels.library import library
 from engine.kernels.fp8 import CAPABILITY, E4M3
+from engine.kernels.library import library
 from engine.protocols import AttentionBackend
 from engine.registry import ATTENTION, resolve
 from engine.runtime.cores import threads_of, usable_cores

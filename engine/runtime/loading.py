@@ -67,7 +67,12 @@ def load_checked(
         threads = f", threads: {torch.get_num_threads()}" if placement.device.type == "cpu" else ""
         note.append(f"{placement.detail}, attention: {why}{threads}")
     store = None
-    if cache is not None and placement.native and placement.device.type == "cpu" and config.load_format == "safetensors":
+    if (
+        cache is not None
+        and placement.native
+        and placement.device.type == "cpu"
+        and config.load_format == "safetensors"
+    ):
         store = WeightStore(cache, folder, placement.quant, spec)
     found = None if store is None else _mapped(store, on_phase)
     if found is None:

@@ -125,12 +125,13 @@ def _same(got: torch.Tensor, want: torch.Tensor) -> bool:
 
 def _source_form(source: RopeSource, model: nn.Module, keeper: Keeper) -> Form:
     """By its frequencies where cos and sin are those of a position times a frequency, else as its table."""
+    length = context_length(model.config)  # type: ignore[arg-type]
     held = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
     scalings = {float(v) for m in model.modules() for k, v in vars(m).items() if k.endswith("attention_scaling")}
     for _, frequencies in held:
         for scaling in sorted({1.0, *scalings}):
             for layout in LAYOUTS:
-                if _explains(source, frequencies, scaling, layout):
+                if _explains(source, frequencies, scaling, layout, length):
                     kept = keeper.keep(frequencies)
                     return {"form": source.form.value, "frequencies": kept, "scaling": scaling, "layout": layout}
     if source.cos is None or source.sin is None:
@@ -138,14 +139,14 @@ def _source_form(source: RopeSource, model: nn.Module, keeper: Keeper) -> Form:
     return {"form": source.form.value, "cos": keeper.keep(source.cos), "sin": keeper.keep(source.sin)}
 
 
-def _explains(source: RopeSource, frequencies: torch.Tensor, scaling: float, layout: str) -> bool:
-    positions = torch.tensor([[0, 1, 5, 1000, 77777]])
-    try:
-        want = source.compute(positions)
-    except RuntimeError:
-        return False
-    got = angles(positions, frequencies, scaling, layout)
-    return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(got, want, strict=True))
+def _explains(source: RopeSource, frequencies: torch.Tensor, scaling: float, layout: str, length: int) -> bool:
+    """Whether these frequencies give the cos and sin of a source, for positions below `length`."""
+    for places in ([0, 1, length // 2, length - 1], [1], [length - 1]):
+        positions = torch.tensor([places])
+        want, got = source.compute(positions), angles(positions, frequencies, scaling, layout)
+        if not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(got, want, strict=True)):
+            return False
+    return True
 
 
 def _make_source(form: Reader, length: int) -> RopeSource:

@@ -65,6 +65,7 @@ class Scheduler:
         shares = prefix_cache and traits.prefix_cacheable
         self._capacity = capacity
         self._drafts = traits.drafts
+        self._drafted = 0  # tokens, when `take_fed` was last asked
         self._kv = KVManager(capacity.num_blocks, capacity.block_size, hash_seed, prefix_cache=shares, unit=traits.unit)
         self._roster = Roster(self._kv)
         self._planner = Planner(capacity, config, self._kv, self._roster, clock)
@@ -142,15 +143,10 @@ class Scheduler:
             self._roster.settle(seq)
         return tuple(news)
 
-    @property
-    def planned(self) -> int:
-        """Tokens that the last plan feeds, drafts aside; a pending item feeds at least the token it waits for."""
-        return self._planner.fed
-
-    @property
-    def drafted(self) -> int:
-        """Tokens that were drafted since start."""
-        return self._planner.drafting.drafted
+    def take_fed(self) -> int:
+        """Tokens of the last plan, and drafts of the steps that ended since this was asked before."""
+        before, self._drafted = self._drafted, self._planner.drafting.drafted
+        return self._planner.fed + self._drafted - before
 
     def stats(self, step_tokens: int = 0, step_seconds: float = 0.0) -> EngineStats:
         """Counters and levels as they are now; what a step took is the engine core's to say."""
@@ -212,24 +208,7 @@ class Scheduler:
             self._roster.finish(seq)
         elif not tokens and not scored:
             return None
-        kept = len(tokens)
-        return SeqUpdate(
-            item.request_id,
-            tokens,
-            None if result.logprobs is None else result.logprobs[:kept],
-            scored,
-            None if end is None else end.finish,
-            None if end is None else end.stop_token_id,
-            None,
-            seq.cached_tokens,
-            seq.scheduled_at,
-            seq.preemptions,
-            result.drafted,
-            result.accepted,
-            result.leaf,
-            result.bias[:kept],
-            None if result.passes is None else seq.passes,
-        )
+        return _update(seq, result, tokens, end, scored)
 
     def _advance(self, seq: Sequence, result: SeqResult, new: int) -> None:
         """The positions whose KV is final from now on, `new` tokens having been committed: others may find them."""
@@ -250,6 +229,34 @@ class Scheduler:
         self._kv.withdraw(seq)
         self._roster.finish(seq)
         return ending(seq, FinishReason.ERROR, error)
+
+
+def _update(
+    seq: Sequence,
+    result: SeqResult,
+    tokens: tuple[int, ...],
+    end: stops.Cut | None,
+    scored: tuple[TokenLogprob, ...] | None,
+) -> SeqUpdate:
+    """News of the first `tokens` of a result, by position: names would cost as much as the rest."""
+    kept = len(tokens)
+    return SeqUpdate(
+        result.request_id,
+        tokens,
+        None if result.logprobs is None else result.logprobs[:kept],
+        scored,
+        None if end is None else end.finish,
+        None if end is None else end.stop_token_id,
+        None,
+        seq.cached_tokens,
+        seq.scheduled_at,
+        seq.preemptions,
+        result.drafted,
+        result.accepted,
+        result.leaf,
+        result.bias[:kept],
+        None if result.passes is None else seq.passes,
+    )
 
 
 def _results_of(items: tuple[ScheduledSeq, ...], output: StepOutput) -> list[SeqResult | None]:

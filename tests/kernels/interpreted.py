@@ -137,17 +137,17 @@ def between_products(dtype: str) -> dict[str, float]:
         found[f"norm, {added}"] = max(map(_difference, want, got))
     for name in reference.ACTIVATIONS:
         gate_up = torch.randn(5, 2 * 77).to(kind) * 3
-        got = triton_ops.gated_activation(gate_up, name, None)
-        found[name] = _difference(reference.gated_activation(gate_up, name), got)
+        active = triton_ops.gated_activation(gate_up, name, None)
+        found[name] = _difference(reference.gated_activation(gate_up, name), active)
     x = torch.randn(5, 200).to(kind) * torch.logspace(-3, 1, 5)[:, None].to(kind)
     x[1], x[2, 3], x[3, 4] = 0.0, float("nan"), float("-inf")
-    (codes, scales), (want, factors) = triton_ops.round_fp8(x), fp8.round_reference(x)
+    (codes, scales), (expected, factors) = triton_ops.round_fp8(x), fp8.round_reference(x)
     assert torch.equal(scales, factors) or torch.equal(scales.isnan(), factors.isnan())
-    got, expected = codes.float(), want.float()
+    rounded, right = codes.float(), expected.float()
     # The interpreter's own conversion forgets to carry where a number is rounded up to a power of two.
-    carried = (got * 2 == expected) & (expected.abs().log2() % 1 == 0)
+    carried = (rounded * 2 == right) & (right.abs().log2() % 1 == 0)
     # Nor does it round all ties to even.
-    found["fp8"] = float(((got != expected) & ~carried).sum()) / 1e5
+    found["fp8"] = float(((rounded != right) & ~carried).sum()) / 1e5
     return found | _heads(kind)
 
 
@@ -158,8 +158,8 @@ def _heads(kind: torch.dtype) -> dict[str, float]:
             shape = LayerShape(2, key_dim, value_dim)
             qkv = torch.randn(7, 4 * key_dim + shape.width + 3).to(kind)[:, :-3]
             cos, sin = (torch.randn(7, rotary).to(kind) if rotary else None for _ in range(2))
-            norms = (torch.randn(key_dim).to(kind) if normed else None for _ in range(2))
-            layout = HeadLayout(4, interleaved, *norms)
+            norms = [torch.randn(key_dim).to(kind) if normed else None for _ in range(2)]
+            layout = HeadLayout(4, interleaved, norms[0], norms[1])
             slots, pools = torch.randperm(20)[:7], []
             queries = []
             for module in (reference, triton_ops):

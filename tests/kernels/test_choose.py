@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def test_noise_has_the_bits_of_philox_and_its_logarithms_to_one_part_in_a_millio
     assert worst < 3e-6  # the code counts on 1e-5 and is unsure below 1e-4
 
 
-MIXES: list[dict[str, float]] = [
+MIXES: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"temperature": 1.0},
     {"temperature": 0.6},
@@ -117,7 +118,7 @@ def test_unsure_rows_are_drawn_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Sampler(500).sample(logits, states).tokens.tolist() == exact.tolist()
     real = sampler.choose
 
-    def doubtful(logits: torch.Tensor, keys: native_choose.Keys | None = None, *args: object) -> native_choose.Chosen:
+    def doubtful(logits: torch.Tensor, keys: native_choose.Keys | None = None, *args: Any) -> native_choose.Chosen:
         chosen = real(logits, keys, *args)
         if keys is None:  # the exact draw itself
             return chosen

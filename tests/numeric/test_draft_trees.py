@@ -177,3 +177,27 @@ def test_the_pool_holds_what_plain_decoding_leaves(family: str, tmp_path: Path) 
     slots = [blocks[place // 4] * 4 + place % 4 for place in range(start + 4)]
     for ours, theirs in zip(drafted.cache.layers, plain.cache.layers, strict=True):
         torch.testing.assert_close(ours.joint[slots], theirs.joint[slots], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_path_on_the_host_is_the_verdict_of_tensors(seed: int) -> None:
+    """Of chains and of trees, with rows where nothing can be drawn."""
+    chance, verifier = random.Random(seed), StrictVerifier()
+    for _ in range(50):
+        size = chance.randint(1, 9)
+        parents: list[int] = []
+        tokens: list[int] = []
+        for node in range(size):
+            parents.append(node - 1 if seed % 2 else chance.randint(-1, node - 1))
+            siblings = {token for token, parent in zip(tokens, parents, strict=False) if parent == parents[-1]}
+            tokens.append(chance.choice([token for token in range(12) if token not in siblings]))
+        draws = [chance.choice((-1, *range(12))) for _ in range(size + 1)]
+        for node, parent in enumerate(parents):  # likely paths
+            if chance.random() < 0.5:
+                draws[parent + 1] = tokens[node]
+        chain = all(parent == node - 1 for node, parent in enumerate(parents))
+        proposal = DraftProposal(torch.tensor([tokens]), (size,), parents=None if chain else torch.tensor([parents]))
+        verdict = verifier.verify(proposal, TargetRows(torch.tensor([draws])))
+        path = verifier.path(tokens, None if chain else parents, draws)
+        assert path == verdict.path[0, : int(verdict.accepted[0])].tolist()
+        assert draws[path[-1] + 1 if path else 0] == int(verdict.next_token[0])

@@ -1,4 +1,4 @@
-"""fp8 weights, activations and pools: what rounding does, and where it is refused. The GPU's product is in tests/gpu."""
+"""fp8 weights, activations and pools: what rounding does, and where it is refused. GPUs' products: tests/gpu."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ WAITS: dict[str, Callable[[], object]] = {
     "bool": lambda: bool(YES.any()),
     "tolist": X.tolist,
     "numpy": X.numpy,
-    "range": lambda: range(torch.ones((), dtype=torch.int64)),  # type: ignore[call-overload]
+    "range": lambda: range(torch.ones((), dtype=torch.int64)),
     "slice": lambda: X[YES.sum() :],
     "format": lambda: f"{X[0]:.1f}",
     "nonzero": X.nonzero,

@@ -37,7 +37,7 @@ from tests.unit.fakes import (
     truth,
 )
 
-NUM_WORKLOADS = 20  # of each style and lag; 300 under --full
+NUM_WORKLOADS = 12  # of each style and lag; 300 under --full
 NUM_REQUESTS = 14
 
 STYLES = {

@@ -11,6 +11,8 @@ from torch import nn
 
 from engine.errors import ModelLoadError
 from engine.kernels.layout import PagedBatch
+from engine.kernels.matrix import PackedMatrix
+from engine.kernels.matrix import pack as pack_matrix
 from engine.models.dflash.formats import load as read
 from engine.models.dflash.network import DFlashNetwork
 from engine.models.dflash.program import DraftProgram, draft_program, paged_of
@@ -219,12 +221,24 @@ def assemble(spec: DFlashSpec, stored: dict[str, torch.Tensor], host: DraftHost,
 def _without_copies(
     spec: DFlashSpec, stored: dict[str, torch.Tensor], host: DraftHost
 ) -> tuple[DFlashSpec, dict[str, torch.Tensor]]:
-    """See `weights.drop_copies`. A head equal to the target's in packed form would be packed to the same."""
+    """See `weights.drop_copies`. What equals the target's once it is rounded like that is as good as a copy."""
     compared = dict(stored)
-    if "lm_head.weight" in stored and not isinstance(host.head, nn.Linear):
-        compared["lm_head.weight"] = stored["lm_head.weight"].half()
+    for name, module in (("embed_tokens.weight", host.embedding), ("lm_head.weight", host.head)):
+        if name in stored:
+            compared[name] = _rounded_like(module, stored[name])
     spec, kept = drop_copies(spec, compared, _weight(host.embedding), _weight(host.head))
     return spec, {name: stored[name] for name in kept}
+
+
+def _rounded_like(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """`weight` as `module`, which may be packed, would hold it; itself where it can't."""
+    matrix = getattr(module, "matrix", None)
+    if not isinstance(matrix, PackedMatrix):
+        return weight if isinstance(module, nn.Linear | nn.Embedding) else weight.half()
+    try:
+        return pack_matrix(weight, matrix.format).unpack()
+    except ValueError:  # larger than the format can hold
+        return weight
 
 
 def _check_ends(spec: DFlashSpec, host: DraftHost) -> None:

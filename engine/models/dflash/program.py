@@ -10,7 +10,8 @@ from torch import nn
 
 from engine.kernels.layout import PagedBatch, PoolLayer
 from engine.kernels.library import library
-from engine.kernels.native_step import NativeStep, StepLayer, StepNorm, StepPools, StepProgram, StepWanted
+from engine.kernels.native_step import NativeStep, StepPools, StepWanted
+from engine.kernels.step_program import StepLayer, StepNorm, StepProgram
 from engine.models.dflash.decoder import DecoderLayer
 from engine.models.dflash.network import DFlashNetwork
 from engine.models.program_parts import Unfit, matrix_of, rope_of, table_of, vector_of
