@@ -80,7 +80,11 @@ def measure(options: argparse.Namespace, target: Files) -> bool:
                 continue
         cores = _others(found) if name == "servers" else load.cores
         record.write(target.json, record.merged(record.read(target.json), name, watch.about(cores), found))
-        report(target)
+        try:
+            report(target)
+        except (ValueError, LookupError, OSError) as error:  # the page can be made later, what comes next can't
+            say(f"the page could not be written after {name}: {error}")
+            whole = False
         whole = whole and not found.get("failed")
     return whole
 

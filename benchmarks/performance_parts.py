@@ -68,7 +68,12 @@ PROGRAMS: dict[str, tuple[Program, ...]] = {
     ),
     "front": (
         Program("front", ("benchmarks.front", *_FRONT, "--json", "{json}"), 240, ("--seconds", "1")),
-        Program("overhead", ("benchmarks.overhead", "--rounds", "2", "--json", "{json}"), 240, ("--tokens", "16")),
+        Program(
+            "overhead",
+            ("benchmarks.overhead", "--config", "configs/ar.yaml", "--rounds", "2", "--json", "{json}"),
+            240,
+            ("--tokens", "16"),
+        ),
     ),
     "growth": (Program("growth", (*_GROWTH, "--json", "{json}", "--picture", "{images}/performance_growth.png"), 400),),
 }

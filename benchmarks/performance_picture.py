@@ -22,8 +22,17 @@ from benchmarks.report import show
 
 OURS, DRAFTING, SERVER, LIBRARY = COLOURS[5], COLOURS[0], "#9498a0", "#c8cacd"
 PANELS = FIGURES[:5]
-PART_COLOURS = {"gemm": COLOURS[0], "attention": COLOURS[4], "sampling": COLOURS[2], "rest": "#9498a0"}
-MORE_COLOURS = (COLOURS[3], COLOURS[1], COLOURS[5], "#6a3d9a", "#b15928", "#7a7a52", "#d8dade")
+PART_COLOURS = {  # in the order of the bars: a pass, what is around it, and what nobody worked in
+    "gemm": COLOURS[0],
+    "attention": COLOURS[4],
+    "norms": COLOURS[3],
+    "rope": "#6a3d9a",
+    "activation": COLOURS[5],
+    "sampling": COLOURS[2],
+    "other": "#7a7a52",
+    "rest": "#9498a0",
+    "waiting": "#d8dade",
+}
 
 
 def draw(parts: Mapping[str, Part], folder: Path) -> list[Path]:
@@ -140,7 +149,5 @@ def _stack(axes: Axes, steps: Mapping[str, Step], colours: Mapping[str, str]) ->
 
 
 def _part_colours(names: Sequence[str]) -> dict[str, str]:
-    known = [name for name in PART_COLOURS if name in names]
-    others = [name for name in names if name not in PART_COLOURS]
-    found = {name: PART_COLOURS[name] for name in known}
-    return {**found, **{name: MORE_COLOURS[i % len(MORE_COLOURS)] for i, name in enumerate(others)}}
+    known = {name: colour for name, colour in PART_COLOURS.items() if name in names}
+    return {**known, **{name: "#b15928" for name in names if name not in known}}

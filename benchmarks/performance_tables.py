@@ -113,11 +113,16 @@ def kernel_rows(steps: Steps) -> Rows:
     rows = [["format", "step", "ms", *names, "products and attention", "floor, ms", "x floor"]]
     for quant, step in shown:
         shares = {part: step.share(part) for part in names}
-        parts = [f"{step.ms * share:.2f} ({100 * share:.0f} %)" if share else "" for share in shares.values()]
+        parts = [_part(step.ms, share) for share in shares.values()]
         floor = sum(step.floors_ms.values())
         both = f"{100 * step.share(*PARTS_FIRST):.0f} %"
         rows.append([quant, step.name, f"{step.ms:.2f}", *parts, both, f"{floor:.2f}", f"{step.ms / floor:.2f}"])
     return rows
+
+
+def _part(ms: float, share: float) -> str:
+    percent = f" ({100 * share:.0f} %)" if share >= 0.005 else ""
+    return f"{ms * share:.2f}{percent}" if share else ""
 
 
 def chosen(cases: Sequence[Step]) -> list[Step]:

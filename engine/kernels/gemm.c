@@ -20,13 +20,13 @@ int64_t gemm_panel_outputs(const Matrix *m) {
 
 static Tiles gemm_tiles(const Matrix *m) {
     return m->format == GEMM_FP16   ? gemm_fp16_tiles()
-           : m->format == GEMM_INT8 ? gemm_int8_tiles(m->group)
+           : m->format == GEMM_INT8 ? gemm_int8_tiles()
                                     : gemm_int4_tiles();
 }
 
-/* Bytes of a panel's codes, for one step of its tiles (a group, for fp16 an input) and whole. */
+/* Bytes of a panel's codes for one step of its tiles: a group, for fp16 an input. */
 static int64_t gemm_step_bytes(const Matrix *m) {
-    return PANEL * (m->format == GEMM_FP16 ? 2 : m->format == GEMM_INT8 ? m->group : m->group / 2);
+    return PANEL * (m->format == GEMM_FP16 ? 2 : m->format == GEMM_INT8 ? GROUP : GROUP / 2);
 }
 
 static void gemm_panel_run(const Matrix *m, Tiles tiles, Tile tile, int64_t rows, int64_t panel) {

@@ -1,7 +1,7 @@
 /* Matrix products with packed weights: y = x W^T + bias, W [outputs, inputs].
 
    The layout is the same for every instruction set, so packed weights can live in files. Outputs are cut into panels
-   of 32 (the last one filled up with zeros), inputs into groups (likewise); a quad is 4 inputs that follow each other:
+   of 32, inputs into groups of 32, the last ones filled up with zeros; a quad is 4 inputs that follow each other:
 
      fp16  codes: _Float16 [panel][input][32 outputs]; no groups
      int8  codes: uint8 [panel][group][quad][32 outputs][4 inputs], code + 128;  scales: fp16 [panel][group][32]
@@ -18,7 +18,7 @@
 
 enum { GEMM_FP16, GEMM_INT8, GEMM_INT4 }; /* Matrix.format; native_matrix.FORMATS */
 
-/* Mirrored by native_matrix.MATRIX. `group` is 32 or 64 for int8, 32 for int4, 0 for fp16; `bias` may be null. */
+/* Mirrored by native_matrix.MATRIX. `group` is 32, and 0 for fp16; `bias` may be null. */
 typedef struct {
     int32_t format, group;
     int64_t outputs, inputs;
@@ -28,8 +28,8 @@ typedef struct {
     int32_t reserved;
 } Matrix;
 
-/* Bytes of the prepared form of so many rows, 0 if the kernel reads the floats themselves. It depends on format, group
-   and inputs alone: matrices that agree in these may share a prepared form. Any address will do; 64-aligned is best. */
+/* Bytes of the prepared form of so many rows, 0 if the kernel reads the floats themselves. It depends on format and
+   inputs alone: matrices that agree in these may share a prepared form. Any address will do; 64-aligned is best. */
 int64_t gemm_space(const Matrix *matrix, int64_t rows);
 
 /* Rows [begin, end) of x into their places in `space`; any thread, any part. x_row: floats from row to row. */

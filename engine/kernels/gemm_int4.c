@@ -1,9 +1,9 @@
-/* Tiles of int4 weights with minima, in groups of 32. */
+/* Tiles of int4 weights with minima. */
 #include "gemm_tiles.h"
 
 /* As int8_part. */
 INLINE void int4_part(const Tile *t, const int rows, const int columns, const int first) {
-    const int group = 32, group_bytes = group + GROUP_EXTRA;
+    const int group_bytes = GROUP + GROUP_EXTRA;
     vec sums[MOST_ROWS][MOST_COLUMNS];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int c = 0; c < columns; c++) sums[r][c] = v_zero();
@@ -13,7 +13,7 @@ INLINE void int4_part(const Tile *t, const int rows, const int columns, const in
         ivec dots[MOST_ROWS][MOST_COLUMNS];
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int c = 0; c < columns; c++) dots[r][c] = i_set(0);
-        UNROLL for (int pair = 0; pair < group / 8; pair++) {
+        UNROLL for (int pair = 0; pair < GROUP / 8; pair++) {
             if (first == 0) tile_fetch(t, ahead + pair * PANEL * 4);
             ivec w[MOST_COLUMNS];
             UNROLL for (int c = 0; c < columns; c++) w[c] = i_load(codes + (pair * PANEL + c * W) * 4);
@@ -30,17 +30,17 @@ INLINE void int4_part(const Tile *t, const int rows, const int columns, const in
         UNROLL for (int c = 0; c < columns; c++) {
             vec scale = v_load_halves(scales + c * W), minimum = v_load_halves(minima + c * W);
             UNROLL for (int r = 0; r < rows; r++) {
-                const uint8_t *extra = x + r * t->x_step + group;
+                const uint8_t *extra = x + r * t->x_step + GROUP;
                 vec both = v_mul(scale, v_set(one_float(extra)));
                 sums[r][c] = v_fma(i_float(i_nibble_sums(dots[r][c])), both, sums[r][c]);
                 sums[r][c] = v_fma(minimum, v_set(one_float(extra + 4)), sums[r][c]);
             }
         }
-        codes += PANEL * group / 2;
+        codes += PANEL * GROUP / 2;
         scales += PANEL;
         minima += PANEL;
         x += group_bytes;
-        ahead += PANEL * group / 2;
+        ahead += PANEL * GROUP / 2;
     }
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int c = 0; c < columns; c++) tile_store(t, r, (first + c) * W, sums[r][c]);

@@ -2,8 +2,8 @@
 #include "gemm_tiles.h"
 
 /* `rows` rows, `columns` vectors of the panel from vector `first` on; constants, so that sums stay in registers. */
-INLINE void int8_part(const Tile *t, const int rows, const int columns, const int first, const int group) {
-    const int quads = group / 4, group_bytes = quads * QUAD_BYTES + GROUP_EXTRA;
+INLINE void int8_part(const Tile *t, const int rows, const int columns, const int first) {
+    const int quads = GROUP / 4, group_bytes = quads * QUAD_BYTES + GROUP_EXTRA;
     vec sums[MOST_ROWS][MOST_COLUMNS];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int c = 0; c < columns; c++) sums[r][c] = v_zero();
@@ -31,10 +31,10 @@ INLINE void int8_part(const Tile *t, const int rows, const int columns, const in
                 sums[r][c] = v_fma(i_float(dots[r][c]), both, sums[r][c]);
             }
         }
-        codes += PANEL * group;
+        codes += PANEL * GROUP;
         scales += PANEL;
         x += group_bytes;
-        ahead += PANEL * group;
+        ahead += PANEL * GROUP;
     }
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int c = 0; c < columns; c++) tile_store(t, r, (first + c) * W, sums[r][c]);
@@ -46,20 +46,14 @@ INLINE void int8_part(const Tile *t, const int rows, const int columns, const in
 #define COLUMNS(rows) ((rows) == 1 ? 4 : (rows) < 4 ? 2 : 1)
 #endif
 #define TILE(rows)                                                                                                     \
-    static void int8_32_##rows(const Tile *t) {                                                                        \
-        for (int first = 0; first < PANEL_VECTORS; first += COLUMNS(rows)) int8_part(t, rows, COLUMNS(rows), first, 32);\
-    }                                                                                                                  \
-    static void int8_64_##rows(const Tile *t) {                                                                        \
-        for (int first = 0; first < PANEL_VECTORS; first += COLUMNS(rows)) int8_part(t, rows, COLUMNS(rows), first, 64);\
+    static void int8_##rows(const Tile *t) {                                                                           \
+        for (int first = 0; first < PANEL_VECTORS; first += COLUMNS(rows)) int8_part(t, rows, COLUMNS(rows), first);   \
     }
 TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
 #undef TILE
 #undef COLUMNS
 
-#define ALL(name) {name##_1, name##_2, name##_3, name##_4, name##_5, name##_6}
-
-Tiles gemm_int8_tiles(int64_t group) {
-    static const tile_work tiles[2][6] = {ALL(int8_32), ALL(int8_64)};
-    return (Tiles){6, tiles[group == 64]};
+Tiles gemm_int8_tiles(void) {
+    static const tile_work tiles[] = {int8_1, int8_2, int8_3, int8_4, int8_5, int8_6};
+    return (Tiles){6, tiles};
 }
-#undef ALL

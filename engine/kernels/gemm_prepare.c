@@ -12,10 +12,10 @@ INLINE vec prepare_load(const float *x, int64_t i, int64_t count) {
 }
 
 /* `count` floats (zeros behind them) to a whole group at `to`; `wide`: as int16 for `i_dot_bytes`. */
-INLINE void prepare_group(const float *x, int64_t count, int8_t *to, const int group, const int format) {
-    const int wide = WIDE_QUADS && format == GEMM_INT8, bytes = group * (wide ? 2 : 1);
+INLINE void prepare_group(const float *x, int64_t count, int8_t *to, const int format) {
+    const int wide = WIDE_QUADS && format == GEMM_INT8, bytes = GROUP * (wide ? 2 : 1);
     ivec top = i_set(0), total = i_set(0);
-    UNROLL for (int i = 0; i < group; i += W) top = i_max(top, i_bits_of(v_abs(prepare_load(x, i, count))));
+    UNROLL for (int i = 0; i < GROUP; i += W) top = i_max(top, i_bits_of(v_abs(prepare_load(x, i, count))));
     int32_t bits = i_max_of(top);
     float largest = one_float(&bits), scale = largest / 127.0f;
     if (bits >= INFINITE || largest < SMALLEST) {
@@ -23,7 +23,7 @@ INLINE void prepare_group(const float *x, int64_t count, int8_t *to, const int g
         memset(to, 0, (size_t)bytes);
     } else {
         vec inverse = v_set(127.0f / largest);
-        UNROLL for (int i = 0; i < group; i += W) {
+        UNROLL for (int i = 0; i < GROUP; i += W) {
             ivec codes = v_nearest(v_mul(prepare_load(x, i, count), inverse));
             total = i_add(total, codes);
             if (wide) i_store_pairs(to + 2 * i, codes);
@@ -36,11 +36,11 @@ INLINE void prepare_group(const float *x, int64_t count, int8_t *to, const int g
     memcpy(to + bytes + 4, format == GEMM_INT8 ? (const void *)&start : &offset, 4);
 }
 
-INLINE void prepare_row(const float *x, int64_t inputs, int8_t *to, const int group, const int format) {
-    const int bytes = group * (WIDE_QUADS && format == GEMM_INT8 ? 2 : 1) + GROUP_EXTRA;
+INLINE void prepare_row(const float *x, int64_t inputs, int8_t *to, const int format) {
+    const int bytes = GROUP * (WIDE_QUADS && format == GEMM_INT8 ? 2 : 1) + GROUP_EXTRA;
     int64_t i = 0;
-    for (; i + group <= inputs; i += group, to += bytes) prepare_group(x + i, group, to, group, format);
-    if (i < inputs) prepare_group(x + i, inputs - i, to, group, format);
+    for (; i + GROUP <= inputs; i += GROUP, to += bytes) prepare_group(x + i, GROUP, to, format);
+    if (i < inputs) prepare_group(x + i, inputs - i, to, format);
 }
 
 void gemm_prepare(const Matrix *m, const float *x, int64_t x_row, int64_t begin, int64_t end, void *space) {
@@ -48,8 +48,7 @@ void gemm_prepare(const Matrix *m, const float *x, int64_t x_row, int64_t begin,
     for (int64_t row = begin; row < end; row++) {
         const float *from = x + row * x_row;
         int8_t *to = (int8_t *)space + row * gemm_row_bytes(m);
-        if (m->format == GEMM_INT4) prepare_row(from, m->inputs, to, 32, GEMM_INT4);
-        else if (m->group == 32) prepare_row(from, m->inputs, to, 32, GEMM_INT8);
-        else prepare_row(from, m->inputs, to, 64, GEMM_INT8);
+        if (m->format == GEMM_INT4) prepare_row(from, m->inputs, to, GEMM_INT4);
+        else prepare_row(from, m->inputs, to, GEMM_INT8);
     }
 }

@@ -12,7 +12,7 @@ from engine.kernels.library import library
 from engine.kernels.native_matrix import FORMATS, MATRIX, PANEL
 
 GROUPS = {"fp16": 0, "int8": 32, "int4": 32}  # inputs that share a scale
-LAYOUT = 1  # counts the layouts of `gemm.h`: for what is kept in files
+LAYOUT = 2  # counts the layouts of `gemm.h` and the ways to round: for what is kept in files
 
 
 class PackedMatrix:

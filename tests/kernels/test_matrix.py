@@ -57,7 +57,7 @@ def rows_of(count: int, inputs: int) -> torch.Tensor:
 
 def bits(x: torch.Tensor) -> list[list[int]]:
     """So that NaN equals itself and zeros have a sign."""
-    return x.contiguous().view(torch.int32).tolist()  # type: ignore[no-any-return]
+    return x.contiguous().view(torch.int32).tolist()
 
 
 @formats

@@ -11,6 +11,8 @@ from engine.kernels.native import Library, open_library
 
 # Without a compiler, or on another kind of CPU, there is no native code to test: the torch twins serve there.
 VARIANTS = [variant.name for variant in host_variants()] if find_compiler() is not None else []
+# Of those whose code differs where no matrix is multiplied: VNNI is for matrices alone.
+VECTOR_VARIANTS = [name for name in VARIANTS if name != "avx512vnni"]
 
 
 @cache

@@ -13,7 +13,8 @@ import torch
 from engine.kernels import native, ops, reference
 from engine.kernels.layout import HeadLayout
 from engine.runtime.kv_cache import LayerCache, LayerShape
-from tests.numeric.native_kernels import VARIANTS, build
+from tests.numeric.native_kernels import VECTOR_VARIANTS as VARIANTS
+from tests.numeric.native_kernels import build
 
 ROWS = (0, 1, 2, 33)
 

@@ -19,7 +19,8 @@ from engine.kernels import native, reference
 from engine.kernels.layout import MODES, PagedBatch
 from engine.runtime.batch import AttentionMode, DeviceBatch, SeqInput, pack
 from engine.runtime.kv_cache import LayerCache, LayerShape, PagedKVCache
-from tests.numeric.native_kernels import VARIANTS, build
+from tests.numeric.native_kernels import VECTOR_VARIANTS as VARIANTS
+from tests.numeric.native_kernels import build
 from tests.numeric.test_attention import naive
 
 CPU = torch.device("cpu")
