@@ -167,7 +167,7 @@ def figure_of(case: Case, gaps: list[tuple[float, float]], period: float) -> Fig
 
 
 async def cpu_seconds(launched: Launched) -> Cpu:
-    """Processor time of the server process so far, in its own words, and the system's part of it. Raises BenchmarkError."""
+    """Processor time of the server so far, in its own words, and the system's part of it. Raises BenchmarkError."""
     size = launched.log.stat().st_size
     os.kill(launched.pid, signal.SIGUSR1)
     for _ in range(200):

@@ -1,7 +1,8 @@
 """`slipstream serve` with a PacedWorker, and with a watch: the server's side of `benchmarks.front`.
 
-SIGUSR1 has it say how much processor time its process has used so far, and how much of that in the system. With a file as its first argument, SIGUSR2
-starts cProfile on the thread of the event loop, and the next one stops it and writes the file.
+SIGUSR1 has it say how much processor time its process has used so far, and how much of that in the system. With a file
+as its first argument, SIGUSR2 starts cProfile on the thread of the event loop, and the next one stops it and writes the
+file.
 """
 
 from __future__ import annotations

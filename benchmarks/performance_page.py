@@ -19,6 +19,7 @@ TEMPLATE = Path(__file__).with_name("performance_page.md")
 MISSING = "Not measured in this run."
 _TITLES = {
     "startup": "Start and memory",
+    "host": "What a step costs besides the model",
     "front": "A streamed chunk's cost in the front process",
     "overhead": "What the server adds to the engine's steps",
     "growth": "Growth",

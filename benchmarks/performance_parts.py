@@ -53,6 +53,8 @@ def _limits(quant: str) -> Program:
 
 
 _PEAKS = Program("peaks", ("benchmarks.performance_peaks", "--json", "{json}"), 60)
+_START = ("--runs", "3", "--tokens", "32")
+_HOST = ("--pipeline", "autoregressive", "dflash", "--batch", "1", "32", "256")
 _FRONT = ("--streams", "1", "32", "128", "--variants", "chat", "completions")
 _GROWTH = ("benchmarks.growth", "--engine", "demo", "--quant", "int8")
 
@@ -60,11 +62,8 @@ PROGRAMS: dict[str, tuple[Program, ...]] = {
     "steps": (_PEAKS, *(make(quant) for quant in FORMATS for make in (_limits, _step))),
     "quality": (Program("quality", ("benchmarks.quality", "--json", "{json}"), 900, ("--quick",), resumes=True),),
     "host": (
-        Program(
-            "startup",
-            ("benchmarks.startup", "--runs", "3", "--tokens", "32", "--json", "{json}", "--", sys.executable, *_OURS),
-            240,
-        ),
+        Program("startup", ("benchmarks.startup", *_START, "--json", "{json}", "--", sys.executable, *_OURS), 240),
+        Program("host", ("benchmarks.host", *_HOST, "--output", "{json}"), 240, ("--runs", "1")),
     ),
     "front": (
         Program("front", ("benchmarks.front", *_FRONT, "--json", "{json}"), 240, ("--seconds", "1")),
@@ -75,7 +74,7 @@ PROGRAMS: dict[str, tuple[Program, ...]] = {
             ("--tokens", "16"),
         ),
     ),
-    "growth": (Program("growth", (*_GROWTH, "--json", "{json}", "--picture", "{images}/performance_growth.png"), 400),),
+    "growth": (Program("growth", (*_GROWTH, "--json", "{json}", "--picture", "{images}/performance_growth.png"), 600),),
 }
 
 

@@ -129,6 +129,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         ("torch", "triton", "transformers"),
         (
             *(*_TENSOR_ROOMS, "training.", "benchmarks.agreement", "benchmarks.fusion", "benchmarks.matrix"),
+            "benchmarks.attention",
             "benchmarks.host_rig",
             *(f"benchmarks.step_{part}" for part in ("cases", "ceilings", "parts", "graphs")),
             *(

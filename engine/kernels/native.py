@@ -197,9 +197,9 @@ def head_norm_rope_write(
     assert slots.shape == (rows,) and slots.dtype is torch.int64 and slots.is_contiguous()
     query = torch.empty(rows, heads, key_dim, dtype=torch.float32)
     cos, cos_row, sin, sin_row, rotary = (0, 0, 0, 0, 0) if rope is None else _rope(*rope, rows, key_dim)
-    query_norm, query_norm_width = (0, 0) if layout.query_norm is None else _norm(layout.query_norm, heads, key_dim)
-    key_norm, key_norm_width = (0, 0) if layout.key_norm is None else _norm(layout.key_norm, kv_heads, key_dim)
-    stray = library.head_norm_rope_write(
+    query_norm, query_norm_width = _norm(layout.query_norm, heads, key_dim)
+    key_norm, key_norm_width = _norm(layout.key_norm, kv_heads, key_dim)
+    if library.head_norm_rope_write(
         ROPE_WRITE.pack(
             qkv.data_ptr(),
             cos,
@@ -228,8 +228,7 @@ def head_norm_rope_write(
             torch.get_num_threads(),
             POOL_TYPES[pool.dtype],
         )
-    )
-    if stray:
+    ):
         raise IndexError(f"a slot is not one of the pool's {num_slots}")
     return query
 
@@ -241,8 +240,10 @@ def _rope(cos: torch.Tensor, sin: torch.Tensor, rows: int, key_dim: int) -> tupl
     return cos.data_ptr(), cos.stride()[0], sin.data_ptr(), sin.stride()[0], rotary
 
 
-def _norm(weight: torch.Tensor, heads: int, key_dim: int) -> tuple[int, int]:
+def _norm(weight: torch.Tensor | None, heads: int, key_dim: int) -> tuple[int, int]:
     """Address and width of a norm over a section of that many heads: over each of them, or over several together."""
+    if weight is None:
+        return 0, 0
     width = weight.shape[0]
     assert heads * key_dim % width == 0 and width % key_dim == 0
     return weight.data_ptr(), width

@@ -57,6 +57,24 @@ def test_trees_equal_the_plain_loop(
 
 
 @variants
+@pytest.mark.parametrize("shallow", [3, 30])
+def test_later_nodes_may_lie_before_earlier_ones(variant: str, shallow: int) -> None:
+    """A window then begins at another query's key: a deep chain comes first, nodes beside its root last."""
+    deep = 12
+    ancestors = [(2 << row) - 1 for row in range(deep)] + [1 << deep + row for row in range(shallow)]
+    tree = TreeRows(20, [*range(20, 20 + deep), *[20] * shallow], ancestors)
+    rows, (_, cache, query) = deep + shallow, scenario(AttentionMode.TREE, [(42, 62)])
+    batch = pack([SeqInput([1] * rows, 20, [*range(40, 24, -1)], 20 + rows, tree)], 4, CPU, AttentionMode.TREE)
+    last = slice(deep - 1, rows)  # as if the first had been fed before
+    kept = TreeRows(20, tree.positions[last], ancestors[last])
+    part = pack([SeqInput([1] * (shallow + 1), 19 + deep, [*range(40, 24, -1)], 20 + rows, kept)], 4, CPU, batch.mode)
+    for fed, queries in ((batch, query[:rows]), (part, query[:rows][last])):
+        got = native.paged_attention(build(variant), queries, cache, paged(fed), scale=0.3, window=4)
+        expected = naive(queries, cache, fed, 0.3, 4, None, None)
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=5e-6)
+
+
+@variants
 def test_backend_takes_trees(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged_cpu, "library", lambda: build(variant))
     batch, cache, query = scenario(AttentionMode.TREE, TREES["few"])
@@ -101,6 +119,9 @@ def test_a_query_has_the_same_bits_fed_alone_in_a_block_or_in_a_chain(
         assert torch.equal(attend(begin + 3, begin + 8), alone[3:8])
         chain = TreeRows(begin, range(begin, begin + 16), [(2 << row) - 1 for row in range(16)])
         assert torch.equal(attend(begin, begin + 16, chain), alone)
+    rows, batch = one_sequence(cache, query, 505, 521)
+    expected = reference.paged_attention(rows.double(), cache, batch, scale=0.125, window=window)
+    torch.testing.assert_close(attend(505, 521).double(), expected, rtol=0, atol=5e-6)
     whole = attend(0, length)
     for begin, end in ((0, 17), (100, 133), (200, 456), (511, 560)):
         assert torch.equal(attend(begin, end), whole[begin:end])

@@ -46,6 +46,17 @@ def test_a_cpu_computes_in_fp32_over_packed_weights(stored: torch.dtype | None) 
     assert place(ModelConfig(quant="none"), stored).quant == "none"
 
 
+@pytest.mark.usefixtures("no_gpu")
+def test_keys_and_values_are_rounded_where_weights_are_or_it_is_asked_for() -> None:
+    assert place(ModelConfig(quant="none"), None).pool is torch.float32
+    assert place(ModelConfig(quant="none"), None, "fp16").pool is torch.float16
+    coarse = place(ModelConfig(quant="int8"), None)
+    assert coarse.pool is (torch.float16 if coarse.quant == "int8" else torch.float32)
+    assert place(ModelConfig(quant="int8"), None, "fp32").pool is torch.float32
+    with pytest.raises(ConfigError, match=r"kv\.dtype: fp16 is for models in float32 on a CPU"):
+        place(ModelConfig(dtype="bfloat16"), None, "fp16")
+
+
 @pytest.mark.usefixtures("two_gpus")
 def test_a_gpu_is_taken_where_there_is_one_and_keeps_16_stored_bits() -> None:
     for stored, expected in (

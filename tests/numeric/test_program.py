@@ -91,6 +91,19 @@ def test_bits_do_not_depend_on_the_batch(rounded: Programmed, threads: int) -> N
 
 
 @pytest.mark.parametrize("format", ["fp16", "int8", "int4"])
+def test_verified_blocks_equal_decode_steps(format: str) -> None:
+    """Bit for bit: blocks of up to 16 tokens, and one token at a time."""
+    for name in ("llama", "gemma2"):
+        model, found = programmed(name, format), []
+        for size in (1, 4, 16):
+            model.fresh()
+            parts = [(at, min(at + size, len(IDS))) for at in range(0, len(IDS), size)]
+            found.append([model.feed([SeqInput(IDS[begin:end], begin, TABLE, end)]) for begin, end in parts])
+        want = torch.cat(found[0])
+        assert all(torch.equal(torch.cat(rows), want) for rows in found[1:])
+
+
+@pytest.mark.parametrize("format", ["fp16", "int8", "int4"])
 def test_bits_do_not_depend_on_the_threads(format: str) -> None:
     before, model, found = torch.get_num_threads(), programmed("gemma2", format), []
     for count in (1, 2, 3, 5):

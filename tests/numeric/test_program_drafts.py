@@ -46,7 +46,7 @@ def draft(format: str, **special: Any) -> DFlashModel:
     return assemble(spec, tiny_tensors(spec), host).bind(24, BLOCK, range(8, 24))
 
 
-def drafted(model: DFlashModel) -> tuple[torch.Tensor, torch.Tensor]:
+def drafted(model: DFlashModel, limits: tuple[int, int] = (5, 4)) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocks of two requests, of which one has a context of 9 tokens and the other one of 3."""
     random = torch.Generator().manual_seed(4)
     tables = ((5, 2, 0), (3,))
@@ -54,7 +54,10 @@ def drafted(model: DFlashModel) -> tuple[torch.Tensor, torch.Tensor]:
     batch = pack(inputs, BLOCK, CPU)
     width = model.spec.hidden_size
     model.write(tuple(torch.randn(12, width, generator=random) for _ in model.taps), batch)
-    asks = [DraftAsk("a", 5, 9, block_ids=tables[0]), DraftAsk("b", 4, 3, block_ids=tables[1])]
+    asks = [
+        DraftAsk(name, limit, context, block_ids=table)
+        for name, limit, context, table in zip("ab", limits, (9, 3), tables, strict=True)
+    ]
     return model.blocks([17, 40], asks)
 
 
@@ -71,6 +74,14 @@ def test_drafts(case: str, format: str) -> None:
     assert logits.shape == want.shape and hidden.shape == states.shape
     torch.testing.assert_close(logits, want)
     torch.testing.assert_close(hidden, states)
+
+
+def test_one_token_of_each_request() -> None:
+    """Rows of one column are rows with gaps."""
+    model = draft("fp16")
+    logits, _ = drafted(model, (1, 1))
+    model.program = None
+    torch.testing.assert_close(logits, drafted(model, (1, 1))[0])
 
 
 def test_convolutions_stay_modules() -> None:

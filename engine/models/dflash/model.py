@@ -98,7 +98,8 @@ class DFlashModel:
         """`blocks_of` by the program."""
         spec, count = self.spec, batch.num_seqs
         first = int(not spec.anchor_predicts)
-        rows = torch.arange(count * spec.block_size).view(count, -1)[:, first : first + scored].reshape(-1)
+        rows = torch.arange(count * spec.block_size).view(count, -1)[:, first : first + scored]
+        rows = rows.reshape(-1).contiguous()  # of one column, reshape makes a view with gaps
         logits, hidden = program.run(batch, paged, rows, None if program.embeds else self._embedded(batch))
         logits = logits.view(count, scored, -1)[..., : spec.draft_vocab_size]
         return logits, hidden.view(count, scored, -1)
