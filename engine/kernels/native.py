@@ -250,7 +250,7 @@ def _norm(weight: torch.Tensor | None, heads: int, key_dim: int) -> tuple[int, i
 
 
 def fits_attention(query: torch.Tensor, cache: PoolLayer, sinks: torch.Tensor | None) -> bool:
-    """Whether the C code can take these: float32 on the CPU over a float32 or float16 pool, and nobody wants gradients."""
+    """Whether the C code can take these: float32 on the CPU, a pool that it reads, and nobody wants gradients."""
     return (
         query.dtype is torch.float32
         and query.is_cpu

@@ -71,7 +71,8 @@ def place(model: ModelConfig, stored: torch.dtype | None, kv: str = "auto") -> P
     name = str(dtype).removeprefix("torch.")
     pool = _pool(kv, device, dtype, quant)
     detail = f"{device}{why_device}, {name}{why_dtype}, weights: {quant}{why_quant}"
-    return Placement(device, dtype, pool, quant, f"{detail}, KV: {str(pool).removeprefix('torch.')}", native)
+    detail += "" if pool is dtype else f", KV: {str(pool).removeprefix('torch.')}"
+    return Placement(device, dtype, pool, quant, detail, native)
 
 
 def on_cpu(model: ModelConfig) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -49,10 +50,9 @@ def test_trees_equal_the_plain_loop(
     """Masks of two words, siblings, sequences without a tree, and windows that hide nodes of a tree."""
     batch, cache, query = scenario(AttentionMode.TREE, TREES[lengths])
     sinks = torch.randn(6) if with_sinks else None
-    given = {"scale": 0.3, "window": window, "softcap": softcap, "sinks": sinks}
-    expected = naive(query, cache, batch, *given.values())  # type: ignore[arg-type]
-    for attend in (lambda *a, **g: native.paged_attention(build(variant), *a, **g), reference.paged_attention):
-        got = attend(query, cache, paged(batch), **given)
+    expected = naive(query, cache, batch, 0.3, window, softcap, sinks)
+    for attend in (partial(native.paged_attention, build(variant)), reference.paged_attention):
+        got = attend(query, cache, paged(batch), scale=0.3, window=window, softcap=softcap, sinks=sinks)
         torch.testing.assert_close(got.double(), expected, rtol=0, atol=5e-6)
 
 
