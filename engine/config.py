@@ -156,8 +156,8 @@ class ModelConfig:
     pipeline: str = "autoregressive"
     device: str = "auto"  # cpu, cuda or cuda:N; auto: cuda where there is one
     dtype: str = "auto"  # of weights, activations and KV; auto: float32 on a CPU, else the checkpoint's own 16 bits
-    # Linear layers on a CPU in float32: exact (none), or their weights packed to fp16, int8 or int4 with the output head
-    # in int8; auto: fp16 there, else none
+    # Linear layers on a CPU in float32: exact (none), or their weights packed to fp16, int8 or int4 with the output
+    # head in int8; auto: fp16 there, else none
     quant: str = "auto"
     attention: str = "auto"  # a name in registry.ATTENTION; auto: the fastest that runs on the device
     # Decoding steps on a GPU: captured at the start and launched without waiting for results (auto), not so (off), or

@@ -109,5 +109,6 @@ def has_experts(config: PretrainedConfig) -> bool:
     """Whether routers send each token to some of many experts."""
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     text = text_config(config)
-    parts = [text, *(value for value in vars(text).values() if hasattr(value, "model_type"))]  # DBRX has one for its MLPs
+    # DBRX has a configuration of their own for its MLPs.
+    parts = [text, *(value for value in vars(text).values() if hasattr(value, "model_type"))]
     return any((getattr(part, name, None) or 0) > 1 for part in parts for name in names)

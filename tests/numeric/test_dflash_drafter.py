@@ -10,6 +10,7 @@ import torch
 
 from engine.drafters.dflash import DFlashDrafter, best_two
 from engine.protocols import Delta, Dense, DraftAsk, Scalar
+from engine.runtime.batch import DeviceBatch
 
 DRAFT_VOCAB, VOCAB, MOST, WIDTH = 70, 100, 4, 3
 
@@ -21,6 +22,8 @@ class FakeModel:
     sequential: bool = False
     confident: bool = False
     most: int = MOST
+    block_length: int = MOST + 1
+    scratch: tuple[int, int] = (0, 0)
     asked: list[tuple[int, DraftAsk]] = field(default_factory=list)
 
     def blocks(self, anchors: Sequence[int], asks: Sequence[DraftAsk]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,6 +32,9 @@ class FakeModel:
         rows = [torch.randn(MOST, DRAFT_VOCAB, generator=seeded(ask.position)) for ask in asks]
         hidden = [torch.randn(MOST, WIDTH, generator=seeded(ask.position + 1000)) for ask in asks]
         return torch.stack(rows)[:, :size].clone(), torch.stack(hidden)[:, :size].clone()
+
+    def blocks_of(self, batch: DeviceBatch, scored: int) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("the drafter asks for blocks of its own asks")
 
     def refine(self, logits: torch.Tensor, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
         return logits + self.added(previous) + hidden[:, :1]

@@ -59,6 +59,13 @@ def target(folder: Path, quant: str = "none") -> LoadedModel:
     return load_checked(ModelConfig(str(folder), quant=quant, device="cpu"), folder, lambda _: None)
 
 
+def table_of(loaded: LoadedModel) -> torch.Tensor:
+    """Its input embeddings [vocabulary, width]."""
+    table = loaded.adapter.model.get_input_embeddings().weight
+    assert isinstance(table, torch.Tensor)
+    return table
+
+
 def drafted(
     loaded: LoadedModel, spec: DFlashSpec, tensors: dict[str, torch.Tensor]
 ) -> tuple[LoadedDFlash, DFlashModel]:
@@ -120,7 +127,7 @@ def test_copies_of_the_targets_ends_are_not_kept(folder: Path, quant: str) -> No
     loaded = target(folder, quant)
     spec = tiny_spec(tiny_config("llama"), own_head=True, own_embedding=True)
     tensors = tiny_tensors(spec)
-    plain = target(folder).adapter.model.get_input_embeddings().weight.clone()  # tied: the head, too
+    plain = table_of(target(folder)).clone()  # tied: the head, too
     kept, _ = drafted(loaded, spec, tensors)
     assert kept.network.head is not None and kept.network.embedding is not None
     dropped, model = drafted(loaded, spec, tensors | {"lm_head.weight": plain, "embed_tokens.weight": plain})
@@ -137,7 +144,7 @@ def test_a_mask_embedding_stands_in_for_the_mask_tokens_row(folder: Path) -> Non
     loaded = target(folder)
     spec = tiny_spec(tiny_config("llama"), embedding_scale=2.0)
     tensors = tiny_tensors(spec)
-    table = loaded.adapter.model.get_input_embeddings().weight
+    table = table_of(loaded)
     plain = drafted(loaded, spec, tensors)[1].blocks([5, 6], ASKS)[0]
     same = drafted(loaded, spec, tensors | {"mask_embedding": table[spec.mask_token_id]})[1].blocks([5, 6], ASKS)[0]
     other = drafted(loaded, spec, tensors | {"mask_embedding": table[7]})[1].blocks([5, 6], ASKS)[0]

@@ -15,8 +15,8 @@ from engine.models.fused.layer import FusedLayer
 from engine.models.fusion import fused_levels
 from engine.runtime.batch import SeqInput, pack
 from engine.runtime.kv_cache import PagedKVCache
-from engine.runtime.runner import ModelRunner
 from engine.runtime.packing import pack_linears
+from engine.runtime.runner import ModelRunner
 from tests.contract import paged
 from tests.families import LAYERS, VOCAB, family, random_model
 
@@ -91,13 +91,13 @@ def test_states_are_what_the_output_head_reads(name: str, form: str) -> None:
     assert not any(module._forward_pre_hooks for module in made.adapter.model.modules())
 
 
-def test_a_head_that_is_never_called_gives_no_states() -> None:
+def test_a_head_that_is_never_called_gives_no_states(monkeypatch: pytest.MonkeyPatch) -> None:
     made = lab("llama")
     model = made.adapter.model
     head, weight = model.get_output_embeddings(), model.get_output_embeddings().weight
     model.lm_head = torch.nn.Identity()
-    model.lm_head.forward = lambda hidden: hidden @ weight.T
-    model.get_output_embeddings = lambda: head
+    monkeypatch.setattr(model.lm_head, "forward", lambda hidden: hidden @ weight.T)
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: head)
     runner = ModelRunner(made.adapter, made.cache, PagedCpuAttention())
     with pytest.raises(ModelLoadError, match="output head"):
         runner.forward_with_states([SeqInput([3, 4], 0, (2, 0), 2)], [1])

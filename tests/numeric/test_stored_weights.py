@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 
@@ -50,6 +51,11 @@ def logits(loaded: LoadedModel) -> torch.Tensor:
     return torch.cat(selfcheck.paged_logits(loaded.adapter, loaded.shapes, loaded.attention, placement.pool))
 
 
+def is_stored(loaded: LoadedModel) -> bool:
+    model: object = loaded.adapter.model
+    return isinstance(model, StoredModel)
+
+
 def files(cache: Path) -> list[Path]:
     return sorted((cache / weight_store.FOLDER).iterdir())
 
@@ -59,11 +65,11 @@ def test_a_family_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
     place = tmp_path / name
     save_random(family(name).config(), place)
     plain = load(place, None)
-    assert not isinstance(plain.adapter.model, StoredModel)
+    assert not is_stored(plain)
     want = logits(plain)
     for _ in range(2):
         again = load(place, tmp_path / "cache")
-        assert isinstance(again.adapter.model, StoredModel)
+        assert is_stored(again)
         assert torch.equal(logits(again), want)
         assert (again.shapes, again.context_length) == (plain.shapes, plain.context_length)
         assert again.numerics == plain.numerics
@@ -95,13 +101,13 @@ def test_a_table_of_its_own_is_kept_in_fp16(tmp_path: Path) -> None:
 def test_what_is_not_fused_is_loaded_anew_at_each_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     place = save_tiny("gpt2", tmp_path / "gpt2")
     with caplog.at_level(logging.INFO):
-        assert not isinstance(load(place, tmp_path / "cache").adapter.model, StoredModel)
+        assert not is_stored(load(place, tmp_path / "cache"))
     assert "not kept for the next start" in caplog.text
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def test_exact_weights_are_not_kept(folder: Path, tmp_path: Path) -> None:
-    assert not isinstance(load(folder, tmp_path, "none").adapter.model, StoredModel)
+    assert not is_stored(load(folder, tmp_path, "none"))
     assert not list(tmp_path.iterdir())
 
 
@@ -125,7 +131,9 @@ def of_another_header(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [cut, flip, foreign, of_another_header, lambda data: b""])
-def test_a_damaged_file_is_made_anew(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_file_is_made_anew(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[bytes], bytes]
+) -> None:
     want = logits(load(folder, tmp_path))
     (file,) = files(tmp_path)
     whole = file.read_bytes()
@@ -154,7 +162,7 @@ def test_a_cache_that_can_not_be_written_stops_nothing(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / weight_store.FOLDER).write_text("in the way")
-    assert not isinstance(load(folder, tmp_path).adapter.model, StoredModel)
+    assert not is_stored(load(folder, tmp_path))
     assert "can't be kept" in caplog.text
 
 
