@@ -13,7 +13,7 @@ import torch
 from engine.config import DraftConfig
 from engine.protocols import Dense, DraftAsk, Drafter, DraftProposal
 from engine.runtime.batch import AttentionMode, SeqInput, TreeRows
-from engine.runtime.linear import PackedLinear
+from engine.runtime.linear import NativeLinear
 from engine.runtime.worker import LocalWorker
 from engine.types import Request, SpeculationParams
 from tests.contract.ladder import Ladder, assert_same, load_worker, request
@@ -270,7 +270,7 @@ def test_packed_weights_draft_nearly_the_same(tmp_path: Path) -> None:
     worker, listener = serve(folder, draft, quant="fp16")
     assert listener is not None
     model = listener.drafter._model  # type: ignore[attr-defined]
-    packed = [part for part in model.network.modules() if isinstance(part, PackedLinear)]
+    packed = [part for part in model.network.modules() if isinstance(part, NativeLinear)]
     assert len(packed) == 7, "fc, query, key and value, output, gate and up, down, head"
     Ladder(worker).run(greedy())
     plain = PlainDraft(tiny_model("llama"), Variant())
