@@ -111,7 +111,7 @@ def run(programs: Sequence[Program], images: Path, quick: bool, earlier: Runs, s
             runs.failed.pop(program.name, None)
             try:
                 printed = _call(program, file, images, quick)
-                runs.json[program.name] = msgspec.json.decode(file.read_bytes())
+                runs.json[program.name] = msgspec.json.decode(_anonymous(file.read_text(encoding="utf-8")))
                 runs.printed[program.name] = printed
                 runs.commands[program.name] = shown(program, quick)
                 runs.seconds[program.name] = time.monotonic() - began
@@ -139,7 +139,12 @@ def _call(program: Program, file: Path, images: Path, quick: bool) -> str:
         raise
     if process.returncode:
         raise RuntimeError(_last_line(said) or f"it ended with {process.returncode}")
-    return printed.strip()
+    return _anonymous(printed.strip())
+
+
+def _anonymous(text: str) -> str:
+    """Without where Python lies on this machine."""
+    return text.replace(sys.executable, "python")
 
 
 def shown(program: Program, quick: bool) -> str:

@@ -261,7 +261,11 @@ class EngineConfig:
     kv: KVConfig = field(default_factory=KVConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engines: int = 1  # of this server: how many share the machine
-    cache_dir: str = CACHE_DIR  # converted models, packed weights
+    cache_dir: str = ""  # where packed weights are kept between starts; empty: nowhere
+
+    @property
+    def cache_folder(self) -> Path | None:
+        return Path(self.cache_dir).expanduser() if self.cache_dir else None
 
     @property
     def core_share(self) -> float:

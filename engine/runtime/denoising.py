@@ -47,7 +47,7 @@ def load_fast(engine: EngineConfig, served: LoadedModel, folder: Path, on_phase:
     def told(done: Phase) -> None:
         on_phase(Phase(f"drafter: {done.name}", *_rest(done)))
 
-    fast = load_checked(alone, place, told, engine.kv.dtype, Path(engine.cache_dir).expanduser())
+    fast = load_checked(alone, place, told, engine.kv.dtype, engine.cache_folder)
     if served.diffusion is None or fast.diffusion is None or served.diffusion.mask_id != spec.mask_id:
         raise ModelLoadError(f"{name} has another mask token than {config.name}")
     return fast

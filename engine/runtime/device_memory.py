@@ -35,6 +35,12 @@ class Memory:
     target_pool: int
     draft_pool: int
 
+    def account(self, resident: int) -> str:
+        """What the process will hold, in words; `resident` bytes are its own before the pools are written to."""
+        weights, pools = self.target_weights + self.draft_weights, self.target_pool + self.draft_pool
+        rest = max(resident - weights, 0)
+        return f"in all: weights {_mib(weights)} + pools {_mib(pools)} + {_mib(rest)} for the rest"
+
 
 def memory_of(
     loaded: LoadedModel,

@@ -22,6 +22,7 @@ from engine.runtime.devices import device_failure, prepare_engine
 from engine.runtime.drafts import bind_draft, load_draft, offer_verifiers
 from engine.runtime.kv_cache import block_bytes
 from engine.runtime.loading import LoadedModel, load_checked
+from engine.runtime.memory import resident_bytes
 from engine.runtime.phases import OnPhase, phase
 from engine.runtime.runner import ModelRunner
 from engine.runtime.running_ahead import SPARE, draft_scratch, run_ahead, runs_ahead
@@ -60,8 +61,7 @@ class LocalWorker:
     def __init__(self, config: EngineConfig, folder: Path, on_phase: OnPhase) -> None:
         prepare_engine(config)
         config = settle_model(config, folder)
-        cache = Path(config.cache_dir).expanduser()
-        loaded = load_checked(config.model, folder, on_phase, config.kv.dtype, cache)
+        loaded = load_checked(config.model, folder, on_phase, config.kv.dtype, config.cache_folder)
         loaded.attention.check_block_size(config.kv.block_size)
         self._device = loaded.placement.device
         draft = load_draft(config.model.draft, loaded, folder, on_phase)
@@ -80,6 +80,8 @@ class LocalWorker:
                 runner.follow(follower)
             self.memory = memory_of(loaded, draft, config, blocks, fast)
             note += [f"{self.memory.draft_pool / 2**20:.0f} MiB for the draft"] if draft or fast else []
+            if self._device.type == "cpu":
+                note.append(self.memory.account(resident_bytes("VmRSS")))
         declared = min(model.context_length for model in (loaded, fast) if model is not None)
         if max_len < declared:
             logger.warning("context cut from %d to %d tokens: that is what the KV pool holds", declared, max_len)
