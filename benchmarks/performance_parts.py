@@ -143,8 +143,8 @@ def _call(program: Program, file: Path, images: Path, quick: bool) -> str:
 
 
 def _anonymous(text: str) -> str:
-    """Without where Python lies on this machine."""
-    return text.replace(sys.executable, "python")
+    """Without where Python and this checkout lie on this machine."""
+    return text.replace(sys.executable, "python").replace(f"{ROOT}/", "")
 
 
 def shown(program: Program, quick: bool) -> str:
