@@ -88,6 +88,7 @@ class DecoderAdapter:
         self.vocab_size: int = self.config.vocab_size
         self.num_layers: int = self.config.num_hidden_layers
         self.context_length = context_length(model.config)
+        self.device: torch.device = model.device  # kept: a packed model may have no parameter left to tell it
         self._slot = ContextSlot()
         self.program: Program | None = None
         for module in model.modules():
@@ -98,10 +99,6 @@ class DecoderAdapter:
 
             AttentionInterface.register(ATTENTION_NAME, _paged_attention)
             model.set_attn_implementation(ATTENTION_NAME)
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
 
     def use_program(self) -> None:
         """Run the model as one native program wherever that is possible; call once it is fused and packed."""

@@ -15,7 +15,6 @@ from engine.models import selfcheck, selfcheck_diffusion
 from engine.models.adapter import DecoderAdapter
 from engine.models.context import ForwardContext, PagedContext
 from engine.models.draft_host import embedding_of, head_of
-from engine.models.fused.backbone import FusedBackbone
 from engine.models.fusion import fuse, fused_levels
 from engine.models.support import has_experts
 from engine.models.windows import check_windows
@@ -106,10 +105,15 @@ def fuse_and_pack(
 
 
 def _pack_table(model: torch.nn.Module, tied: bool) -> None:
-    """Put a small embedding table in the place of the fp32 one, where the backbone is ours."""
-    backbone, (table, head) = model.base_model, ends_of(model)
-    if isinstance(backbone, FusedBackbone) and table is not None and head is not None:
-        setattr(backbone, backbone.embedding, pack_embedding(table, head, tied))
+    """Put a small embedding table in the place of the fp32 one, wherever the model keeps it."""
+    table, head = ends_of(model)
+    if table is None or head is None:
+        return
+    packed = pack_embedding(table, head, tied)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child is table:
+                setattr(parent, name, packed)
 
 
 def _fusion_run(

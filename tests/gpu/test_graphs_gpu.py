@@ -286,7 +286,6 @@ def test_fp8_weights_and_pool_serve(folder: Path) -> None:
 @pytest.mark.parametrize("model", ["qwen3-8b", "llama-3.1-8b"])
 def test_bench_step_measures_captured_steps(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Prints the table; the targets are 1.15 of the floor at batch 1, 1.3 at 32 and of a round."""
-    pytest.importorskip("zmq")
     from server import cli
 
     if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
