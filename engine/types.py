@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
 from engine.diffusion import DiffusionInfo, DiffusionParams, DiffusionReport, DiffusionSpec, RuleCard
+from engine.grammar import Grammar
 from engine.records import record
 from engine.verification import VerifierCard
 
@@ -59,6 +60,8 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not appear
     logprobs: int | None = None  # alternatives to report beside the chosen token; 0 is "the chosen one only"
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+    shown_token_ids: tuple[int, ...] = ()  # special tokens that are text all the same, as those around a tool call
 
 
 @dataclass(frozen=True, slots=True)

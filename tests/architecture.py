@@ -17,7 +17,7 @@ LIMITS = {"file": 350, "function": 50, "class": 200, "__init__ assignments": 25}
 # (file, limit) -> (moved limit, reason).
 MOVED_LIMITS: dict[tuple[str, str], tuple[int, str]] = {
     ("engine/protocols.py", "file"): (540, "the one home of all contracts"),
-    ("engine/types.py", "file"): (520, "the one home of all shared data: a second file would only add a place to look"),
+    ("engine/types.py", "file"): (560, "the one home of all shared data: a second file would only add a place to look"),
 }
 
 _CONTRACTS = (
@@ -28,13 +28,15 @@ _CONTRACTS = (
     "engine.verification",
     "engine.diffusion",
     "engine.records",
+    "engine.grammar",
 )
 # Room -> the first-party modules it may import; the longest matching room decides, and a room may import itself.
 # "engine.x." stands for everything in engine.x; without the dot it is that module alone.
 ARROWS: dict[str, tuple[str, ...]] = {
     "server": (*_CONTRACTS, "engine.async_engine", "engine.tokenizer."),
     "engine": (),
-    "engine.types": ("engine.verification", "engine.diffusion", "engine.records"),
+    "engine.types": ("engine.verification", "engine.diffusion", "engine.records", "engine.grammar"),
+    "engine.grammar": (),
     "engine.records": (),
     "engine.verification": (),
     "engine.diffusion": ("engine.verification",),
@@ -99,7 +101,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.drafters": (*_CONTRACTS, "engine.kernels."),
     "engine.verifiers": _CONTRACTS,
     "engine.unmasking": _CONTRACTS,
-    "engine.structured": _CONTRACTS,
+    "engine.structured": (*_CONTRACTS, "engine.tokenizer."),
     "training": ("engine.",),
     "benchmarks": ("engine.", "training.tasks."),
     "benchmarks.front_server": ("benchmarks.", "engine.", "server.cli"),  # it is the server, with a watch
