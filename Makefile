@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+CLIENTS ?= .venv-clients
 CONFIG ?= configs/demo.yaml
 # Where there is no GPU: an index that has CPU-only builds of torch, for example
 # make serve TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -35,12 +36,12 @@ help:
 serve: $(VENV)/.run
 	@exec "$(BIN)/slipstream" serve --config "$(CONFIG)"
 
-setup: $(VENV)/.dev
+setup: $(VENV)/.dev $(CLIENTS)/.ready
 
-test: $(VENV)/.dev lint
+test: $(VENV)/.dev $(CLIENTS)/.ready lint
 	"$(BIN)/python" -m pytest $(PYTEST_ARGS)
 
-test-full: $(VENV)/.dev lint
+test-full: $(VENV)/.dev $(CLIENTS)/.ready lint
 	"$(BIN)/python" -m pytest --full $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.dev
@@ -70,7 +71,7 @@ format: $(VENV)/.dev
 	"$(BIN)/ruff" format .
 
 clean:
-	rm -rf "$(VENV)" slipstream.egg-info build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf "$(VENV)" "$(CLIENTS)" slipstream.egg-info build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each stamp is touched last, so that an interrupted step runs again.
@@ -97,4 +98,10 @@ endif
 
 $(VENV)/.dev: $(VENV)/.run
 	$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch "$@"
+
+# Clients whose pins clash with ours, for tests/e2e/test_clients.py.
+$(CLIENTS)/.ready: tests/clients/requirements.txt $(VENV)/.venv
+	"$(BIN)/python" -m venv "$(CLIENTS)"
+	"$(CLIENTS)/bin/python" -m pip --disable-pip-version-check install -r tests/clients/requirements.txt
 	@touch "$@"

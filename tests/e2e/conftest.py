@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from tests.contract import neural
 from tests.e2e.process import ServerProcess
+from tests.e2e.scripted import ScriptedServer
 from tests.e2e.wire import assert_idle, complete
 from tests.tiny import byte_tokenizer, save_tiny, tiny_model
 from tests.tiny_drafts import tiny_spec, tiny_tensors
@@ -90,6 +91,22 @@ def keyed(tiny_folder: Path) -> Iterator[ServerProcess]:
     with ServerProcess(str(tiny_folder), *setting_arguments(*settings)) as server:
         yield server.wait_ready()
         server.assert_clean_end()
+
+
+@pytest.fixture(scope="session")
+def scripted_server() -> Iterator[ScriptedServer]:
+    with ScriptedServer() as server:
+        yield server
+
+
+@pytest.fixture
+def scripted(scripted_server: ScriptedServer) -> Iterator[ScriptedServer]:
+    """A real server whose model says what the test wants it to (`scripted.engine.answer`)."""
+    engine = scripted_server.engine
+    usual = engine.answer
+    yield scripted_server
+    engine.answer, engine.refusal = usual, None
+    engine.flowing.set()
 
 
 @pytest.fixture
