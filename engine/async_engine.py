@@ -8,19 +8,24 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from engine.cluster.client import EngineClient, Listeners
 from engine.cluster.memory import peak_memory
 from engine.cluster.messages import Abort, Add, CheckReply
-from engine.config import EngineConfig
+from engine.cluster.operator import Operator
+from engine.config import EngineConfig, SchedulerConfig
 from engine.core import model_info
-from engine.errors import EngineDead, InvalidRequest, Overloaded, SlipstreamError
+from engine.errors import DuplicateRequest, EngineDead, InvalidRequest, Overloaded, SlipstreamError
 from engine.front.event_stream import EventStream
 from engine.front.in_flight import InFlight
+from engine.grammar import Grammar
 from engine.hub.diffusion import find_spec
 from engine.hub.drafts import settle_draft
 from engine.hub.resolve import resolve
 from engine.protocols import EngineObserver
+from engine.structured.check import GrammarCheck
+from engine.structured.wire import Words
 from engine.tokenizer.tokenizer import Tokenizer
 from engine.types import (
     EngineStats,
@@ -60,6 +65,7 @@ class AsyncEngine:
         self._tokenizer: Tokenizer | None = None
         self._info: ModelInfo | None = None
         self._stats = EngineStats()
+        self._grammars = GrammarCheck(lambda: Words.of(self.tokenizer, self.info.vocab_size, self.info.eos_ids))
         self._dead: SlipstreamError | None = None
         self._draining = False
         self._ready = False
@@ -81,7 +87,8 @@ class AsyncEngine:
                 self._client.load(folder), asyncio.to_thread(_load_tokenizer, folder, config)
             )
             self._tokenizer = tokenizer
-            self._info = model_info(config, capacity, tokenizer.eos_ids, self._created, tokenizer.thinking)
+            forms = tokenizer.thinking_form, tokenizer.tool_form
+            self._info = model_info(config, capacity, tokenizer.eos_ids, self._created, *forms)
             began = time.monotonic()
             await self._first_token()
             on_phase(Phase("first token", time.monotonic() - began, peak_memory()))
@@ -149,10 +156,13 @@ class AsyncEngine:
             self._check_open()
         else:
             fitted = _prepare(requests, info, param)
+        for grammar in {request.sampling.grammar for request in fitted} - {None}:
+            await self.check_grammar(cast(Grammar, grammar))
+            self._check_open()
         for request in fitted:
             if request.id in self._in_flight:
-                raise InvalidRequest(f"a request with the id {request.id!r} is running already", param="request_id")
-        self._check_room(fitted)
+                raise DuplicateRequest(f"a request with the id {request.id!r} is running already", param="request_id")
+        _check_room(fitted, self._config.scheduler, self._in_flight, self._observers)
         stream = EventStream((request.id for request in fitted), self._abort)
         if fitted:
             self._open_client().send(Add(fitted))
@@ -161,9 +171,23 @@ class AsyncEngine:
             self._in_flight.add(fitted, self.tokenizer, stream)
         return stream
 
+    async def check_grammar(self, grammar: Grammar, param: str = "grammar") -> None:
+        """Can answers follow it? Raises InvalidRequest that names `param`, and Overloaded where too many wait."""
+        await self._grammars.admit(grammar, param)
+
     async def check(self) -> CheckReply:
         """Have the process recount its blocks between two steps; for tests and debugging. Raises EngineDead."""
         return await self._open_client().check()
+
+    def cancel(self, wanted: Callable[[str], bool]) -> list[str]:
+        """End the requests whose ids are wanted: their callers get a Cancelled. Returns these ids."""
+        cancelled = self._in_flight.cancel(wanted, time.monotonic())
+        self._send_abort(cancelled)
+        return cancelled
+
+    def operator(self) -> Operator:
+        """What else an operator may ask. Raises EngineDead."""
+        return Operator(self._open_client())
 
     # ---- end -----------------------------------------------------------------------------------------------
 
@@ -179,6 +203,7 @@ class AsyncEngine:
         """End the process and every request; `submit` raises from then on. Closing twice is fine."""
         self._dead = self._dead or EngineDead("the engine was closed")
         self._end_all(str(self._dead))
+        self._grammars.close()
         client, self._client = self._client, None
         if client is not None:
             await client.close()
@@ -196,21 +221,6 @@ class AsyncEngine:
         self._open_client()
         if self._draining:
             raise Overloaded("the server is shutting down", reason="draining", retry_after=5.0)
-
-    def _check_room(self, requests: Sequence[Request]) -> None:
-        """Raise for requests that the queue has no room for."""
-        limits, tokens = self._config.scheduler, sum(len(request.prompt_ids) for request in requests)
-        for reason, queued, new, limit in (
-            ("max_num_queued_reqs", self._in_flight.queued, len(requests), limits.max_queued_requests),
-            ("max_num_queued_tokens", self._in_flight.queued_tokens, tokens, limits.max_queued_tokens),
-        ):
-            what = "requests" if reason == "max_num_queued_reqs" else "prompt tokens"
-            if new > limit:
-                raise InvalidRequest(f"this asks for {new} {what} at once; at most {limit} are taken", param="n")
-            if queued + new > limit:
-                for observer in self._observers:
-                    observer.on_rejected(reason)
-                raise Overloaded(f"the queue is full: {queued} {what} wait, at most {limit} may", reason)
 
     def _abort(self, request_ids: Iterable[str]) -> None:
         self._send_abort(self._in_flight.drop(request_ids, time.monotonic()))
@@ -232,6 +242,24 @@ class AsyncEngine:
         logger.error("%s", error)
         self._dead = error
         self._in_flight.fail_all(str(error), FinishReason.ERROR, time.monotonic())
+
+
+def _check_room(
+    requests: Sequence[Request], limits: SchedulerConfig, in_flight: InFlight, observers: Iterable[EngineObserver]
+) -> None:
+    """Raise for requests that the queue has no room for."""
+    tokens = sum(len(request.prompt_ids) for request in requests)
+    for reason, queued, new, limit in (
+        ("max_num_queued_reqs", in_flight.queued, len(requests), limits.max_queued_requests),
+        ("max_num_queued_tokens", in_flight.queued_tokens, tokens, limits.max_queued_tokens),
+    ):
+        what = "requests" if reason == "max_num_queued_reqs" else "prompt tokens"
+        if new > limit:
+            raise InvalidRequest(f"this asks for {new} {what} at once; at most {limit} are taken", param="n")
+        if queued + new > limit:
+            for observer in observers:
+                observer.on_rejected(reason)
+            raise Overloaded(f"the queue is full: {queued} {what} wait, at most {limit} may", reason)
 
 
 def _load_tokenizer(folder: Path, config: EngineConfig) -> Tokenizer:

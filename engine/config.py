@@ -5,7 +5,6 @@ The `server` section belongs to the HTTP side and is passed through unread (`ser
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,15 +12,17 @@ from pathlib import Path
 
 import yaml
 
-from engine.config_values import apply_override, build, show
+from engine.config_values import apply_override, build, find_paths, show
 from engine.diffusion import BLOCK_LENGTHS, CACHES, MAX_DRAFTER_STEPS, VERIFIES
 from engine.errors import ConfigError
+from engine.thinking import FORMS
 
 QUANTS = ("auto", "none", "fp16", "int8", "int4", "fp8")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "fp32", "fp16", "fp8_e4m3")
 GRAPHS = ("auto", "off", "eager")
 CACHE_DIR = "~/.cache/slipstream"
+TOOL_PARSERS = ("auto", "none", "hermes", "llama3_json", "mistral", "pythonic")
 LOAD_FORMATS = ("safetensors", "dummy")
 DIFFUSION_PIPELINES = ("masked_diffusion", "dual_diffusion")
 MAX_CANVAS = 1 << 20  # tokens
@@ -171,6 +172,9 @@ class ModelConfig:
     draft: DraftConfig | None = None
     verifier: VerifierConfig = VerifierConfig()
     diffusion: DiffusionConfig | None = None
+    # In which form it calls tools; auto: as the chat template says, hermes where it says nothing; none: no tools
+    tool_parser: str = "auto"
+    reasoning_parser: str = "auto"  # a name in thinking.FORMS; auto: as the tokenizer or the chat template says; none
 
     def __post_init__(self) -> None:
         speculative, denoises = self.pipeline == "speculative", self.pipeline in DIFFUSION_PIPELINES
@@ -189,6 +193,8 @@ class ModelConfig:
         _choice("dtype", self.dtype, DTYPES)
         _choice("load_format", self.load_format, LOAD_FORMATS)
         _choice("graphs", self.graphs, GRAPHS)
+        _choice("tool_parser", self.tool_parser, TOOL_PARSERS)
+        _choice("reasoning_parser", self.reasoning_parser, ("auto", "none", *FORMS))
         known = "auto, cpu, cuda, cuda:N"
         _require(bool(_DEVICE.fullmatch(self.device)), f"models.device: {self.device!r} is not one of {known}")
         _require(0 < self.share <= 1, f"models.memory_share: {self.memory_share} is not in (0, 1]")
@@ -321,25 +327,7 @@ def load(path: str | Path | None = None, overrides: tuple[str, ...] = ()) -> Con
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: the top level must be a mapping")
     if path is not None:
-        _find_paths(data, Path(path).resolve().parent)
+        find_paths(data, Path(path).resolve().parent)
     for override in overrides:
         apply_override(data, override)
     return build(Config, data, "")
-
-
-def _find_paths(data: Mapping[str, object], folder: Path) -> None:
-    """Make the paths absolute that exist relative to `folder` or its parent; leave all else for later checks."""
-    models = data.get("models")
-    models = [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
-    for model in models:
-        keys = {"draft": "path", "verifier": "head", "diffusion": "drafter"}
-        for entry, key in ((model, "path"), *((model.get(section), key) for section, key in keys.items())):
-            if not isinstance(entry, dict):
-                continue
-            path = entry.get(key)
-            if not isinstance(path, str) or path in ("", "demo") or "\0" in path:
-                continue
-            places = (place / path for place in (folder, folder.parent))
-            found = next((place for place in places if os.path.lexists(place)), None)
-            if found is not None:
-                entry[key] = os.path.normpath(found)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -86,3 +88,21 @@ def _step_into(node: object, part: str, key: str) -> object:
 def show(value: object) -> str:
     """A value as an error shows it: its type and itself, cut."""
     return f"{type(value).__name__} {value!r}"[:80]
+
+
+def find_paths(data: Mapping[str, object], folder: Path) -> None:
+    """Make the paths absolute that exist relative to `folder` or its parent; leave all else for later checks."""
+    models = data.get("models")
+    models = [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
+    for model in models:
+        keys = {"draft": "path", "verifier": "head", "diffusion": "drafter"}
+        for entry, key in ((model, "path"), *((model.get(section), key) for section, key in keys.items())):
+            if not isinstance(entry, dict):
+                continue
+            path = entry.get(key)
+            if not isinstance(path, str) or path in ("", "demo") or "\0" in path:
+                continue
+            places = (place / path for place in (folder, folder.parent))
+            found = next((place for place in places if os.path.lexists(place)), None)
+            if found is not None:
+                entry[key] = os.path.normpath(found)

@@ -21,7 +21,7 @@ MAX_FAILURES = 3  # steps in a row that may fail before the device is taken for 
 
 
 class EngineCore:
-    """One engine: a scheduler over a worker. Everything is called from one thread.
+    """One engine: a scheduler over a worker. Everything but `prepare` is called from one thread.
 
     With lag 1 a step is submitted before the result of the one before it is read, so the device never waits
     for the scheduler. A step that fails ends its own requests; after MAX_FAILURES in a row `step` raises
@@ -53,12 +53,20 @@ class EngineCore:
         self._tainted = -1  # the last step that was in flight when one failed
         self._idle_rounds = 0
 
+    def prepare(self, request: Request) -> None:
+        """Compile what it needs, if that takes time; any thread may call. Raises InvalidRequest, see `add`."""
+        self._worker.prepare(request)
+
+    def refuse(self, request_id: str, finish: FinishReason, error: str | None = None) -> None:
+        """A request that was never added ends like this, with the next report."""
+        self._refused.append(SeqUpdate(request_id, finish=finish, error=error))
+
     def add(self, request: Request) -> None:
         """Queue it. One that the scheduler refuses ends with an ERROR update in the next report."""
         try:
             self._scheduler.add(request)
         except InvalidRequest as error:
-            self._refused.append(SeqUpdate(request.id, finish=FinishReason.ERROR, error=error.message))
+            self.refuse(request.id, FinishReason.ERROR, error.message)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Unknown and finished ids are ignored: the client and the engine may both end a request."""
@@ -141,6 +149,15 @@ class EngineCore:
         """Recount every block, at any time between steps. Raises IntegrityError on a mismatch."""
         self._scheduler.check_integrity()
 
+    def reset_prefix_cache(self) -> int:
+        """Let no request find what was computed for others until now. Returns the blocks that could be found.
+
+        Blocks of running requests stay theirs. Raises IntegrityError if the books do not add up afterwards.
+        """
+        found = self._scheduler.reset_prefix_cache()
+        self._scheduler.check_integrity()
+        return found
+
     def stats(self) -> EngineStats:
         return self._scheduler.stats()
 
@@ -160,9 +177,12 @@ def model_info(
     capacity: Capacity,
     eos_ids: Iterable[int],
     created: int,
-    thinking: tuple[int, int] | None = None,
+    thinking_form: Callable[[str], tuple[str, tuple[int, int] | None]] = lambda _: ("", None),
+    tool_form: Callable[[str], tuple[str, bool]] = lambda _: ("", False),
 ) -> ModelInfo:
     """What a front process knows of a model once its worker is ready; `created` is in unix seconds.
+
+    `thinking_form`, `tool_form`: see `Tokenizer`.
 
     Raises ConfigError for a verifier of the server's own that its draft can't be verified by, or with wrong knobs, and
     for settings of `diffusion` that the checkpoint can't have.
@@ -171,6 +191,8 @@ def model_info(
     diffusion = denoising.settle_server(config.model, capacity)
     ends = dict.fromkeys((*eos_ids, *(diffusion.spec.stop_ids if diffusion is not None else ())))
     automatic = diffusion is not None and config.model.pipeline == "autoregressive"
+    reasoning_parser, thinking = thinking_form(config.model.reasoning_parser)
+    tool_parser, tool_template = tool_form(config.model.tool_parser)
     return ModelInfo(
         id=config.model.name,
         path=config.model.path,
@@ -192,5 +214,8 @@ def model_info(
         verifiers=capacity.verifiers if most else (),
         max_bias=verifier.max_bias,
         thinking=thinking,
+        reasoning_parser=reasoning_parser,
+        tool_parser=tool_parser,
+        tool_template=tool_template,
         diffusion=diffusion,
     )

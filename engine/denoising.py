@@ -166,8 +166,9 @@ def _check_types(asked: DiffusionParams) -> None:
             raise _refused(name, "must be an integer of at least 1")
     if isinstance(asked.verify_threshold, bool) or not isinstance(asked.verify_threshold, int | float):
         raise _refused("verify_threshold", "must be a number")
-    if type(asked.report) is not bool:
-        raise _refused("report", "must be true or false")
+    for name in ("report", "trace"):
+        if type(getattr(asked, name)) is not bool:
+            raise _refused(name, "must be true or false")
     knobs: object = asked.knobs
     if not isinstance(knobs, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in knobs):
         raise _refused("knobs", "must be pairs of a name and a number")

@@ -72,6 +72,7 @@ class DiffusionParams:
     verify: str = ""  # `dual_diffusion`: one of VERIFIES
     verify_threshold: float = -1.0  # `confidence` and `both`: what a token must have to stand; negative: the server's
     report: bool = False  # put a DiffusionReport into the answer
+    trace: bool = False  # tell of each step what it did to the canvas (TokenEvent.canvas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,35 @@ class DiffusionInfo:
     caches: tuple[str, ...] = ()  # what requests may choose from
     block_lengths: tuple[int, int] = BLOCK_LENGTHS  # least and most that requests may ask for; equal where it is fixed
     surplus: int = 0  # positions past a canvas that steps may need
+
+
+@dataclass(frozen=True, slots=True)
+class CanvasStep:
+    """What one step did to a request's open block, by absolute positions that rise.
+
+    `turn` counts the steps that changed the block, from 1. A request that starts again repeats those of its open block
+    under the same numbers, so whoever reads them in order can tell which ones it knows already.
+    """
+
+    start: int  # the block's first position, and the one behind its last
+    stop: int
+    turn: int
+    filled: tuple[tuple[int, int], ...]  # (position, token); a token that gives way to another one is among these
+    remasked: tuple[int, ...] = ()  # positions that have no token any more
+
+
+@dataclass(frozen=True, slots=True)
+class CanvasNews:
+    """The same for a client: places count from the end of the prompt, and none lies behind the answer's end."""
+
+    step: int  # of the request, from 1: those that changed what can be seen
+    room: int  # places of the answer, if it does not end before
+    block: tuple[int, int]  # the open block's first place, and the one behind its last
+    filled: tuple[tuple[int, int], ...]  # (place, token)
+    remasked: tuple[int, ...]
+    end: int | None = (
+        None  # the answer ends here as things stand, with a stop token or cut; places from here on are void
+    )
 
 
 @dataclass(frozen=True, slots=True)

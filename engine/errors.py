@@ -49,6 +49,10 @@ class ContextLengthExceeded(InvalidRequest):
         )
 
 
+class DuplicateRequest(InvalidRequest):
+    """A request with the same id is running; the id is free again when that one has ended."""
+
+
 class Overloaded(SlipstreamError):
     """The queue is full or the server is draining; the same request may succeed later."""
 
@@ -60,6 +64,14 @@ class Overloaded(SlipstreamError):
 
 class EngineDead(SlipstreamError):
     """The engine process is gone or makes no progress; the request may be retried elsewhere."""
+
+
+class Cancelled(SlipstreamError):
+    """An operator has ended this request; a retry would only bring it back."""
+
+
+class ControlRefused(SlipstreamError):
+    """An engine could not do what an operator asked for; the message says why."""
 
 
 class StepFailed(SlipstreamError):

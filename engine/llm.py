@@ -23,6 +23,8 @@ from engine.hub.resolve import resolve
 from engine.protocols import WorkerFactory
 from engine.registry import WORKERS
 from engine.registry import resolve as resolve_name
+from engine.structured.check import GrammarCheck
+from engine.structured.wire import Words
 from engine.tokenizer.tokenizer import Tokenizer
 from engine.types import (
     Capacity,
@@ -103,6 +105,7 @@ class LLM:
         self._core = EngineCore(loaded, config)
         self._ids = itertools.count()
         self.info = _info(config, loaded.capacity(), self.tokenizer)
+        self._grammars = GrammarCheck(lambda: Words.of(self.tokenizer, self.info.vocab_size, self.info.eos_ids))
 
     def generate(
         self,
@@ -139,6 +142,10 @@ class LLM:
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts, but {len(each)} sets of parameters")
         requests = [self._request(ids, sampling, wish, name) for ids, sampling in zip(prompts, each, strict=True)]
+        for request in requests:
+            if request.sampling.grammar is not None:
+                self._grammars.ensure(request.sampling.grammar)  # elsewhere: what is too much for it can't harm us
+                self._core.prepare(request)
         outputs = {request.id: RequestOutput(request, self.tokenizer) for request in requests}
         events: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
         for request in requests:
@@ -176,6 +183,7 @@ class LLM:
                     self._core.abort((update.request_id,))
 
     def close(self) -> None:
+        self._grammars.close()
         self._core.close()
 
     def __enter__(self) -> LLM:
@@ -201,7 +209,7 @@ def configure(settings: Mapping[str, object]) -> EngineConfig:
 
 
 def _info(config: EngineConfig, capacity: Capacity, tokenizer: Tokenizer) -> ModelInfo:
-    return model_info(config, capacity, tokenizer.eos_ids, int(time.time()), tokenizer.thinking)
+    return model_info(config, capacity, tokenizer.eos_ids, int(time.time()), tokenizer.thinking_form)
 
 
 def _completion(request: Request, event: TokenEvent) -> Completion:

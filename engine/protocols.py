@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from engine.diffusion import RuleCard
-from engine.types import Capacity, DecodeTraits, EngineStats, Phase, RequestSummary, StepOutput, StepPlan
+from engine.types import Capacity, DecodeTraits, EngineStats, Phase, Request, RequestSummary, StepOutput, StepPlan
 from engine.verification import VerifierCard
 
 if TYPE_CHECKING:
@@ -34,6 +34,10 @@ class Worker(Protocol):
     """
 
     def capacity(self) -> Capacity: ...
+
+    def prepare(self, request: Request) -> None:
+        """Compile its grammar, if it has one. Any thread may call, beside all else. Raises InvalidRequest."""
+        ...
 
     def submit(self, plan: StepPlan) -> StepHandle: ...
 
@@ -125,9 +129,18 @@ class ForwardRunner(Protocol):
         ...
 
     def forward_with_states(
-        self, inputs: Sequence[SeqInput], rows: Sequence[int], mode: AttentionMode = ...
+        self,
+        inputs: Sequence[SeqInput],
+        rows: Sequence[int],
+        mode: AttentionMode = ...,
+        block_length: int = 1,
+        *,
+        read: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`forward`, and what the output head made the logits of: [len(rows), width], after the final norm."""
+        """`forward`, and what the output head made the logits of: [len(rows), width], after the final norm.
+
+        With `read`, of these rows instead: [len(read), width].
+        """
         ...
 
 

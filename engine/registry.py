@@ -59,6 +59,8 @@ RULES = {
 WORKERS = {
     "local": "engine.runtime.worker:LocalWorker",
 }
+# What records the operations of steps for an operator.
+PROFILERS = {"torch": "engine.runtime.profiling:TorchTrace"}
 
 
 def resolve(table: dict[str, str], name: str, what: str) -> object:

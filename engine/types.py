@@ -12,9 +12,19 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
-from engine.diffusion import DiffusionInfo, DiffusionParams, DiffusionReport, DiffusionSpec, RuleCard
+from engine.diffusion import (
+    CanvasNews,
+    CanvasStep,
+    DiffusionInfo,
+    DiffusionParams,
+    DiffusionReport,
+    DiffusionSpec,
+    RuleCard,
+)
 from engine.grammar import Grammar
+from engine.reading import Reading, Readout
 from engine.records import record
+from engine.thinking import ThinkingBudget
 from engine.verification import VerifierCard
 
 
@@ -34,7 +44,7 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How to draw tokens and when to stop. Written by `server/convert.py` or the offline `LLM`.
 
-    Order of operations on a row of logits: allowed ids and bans, logit_bias, repetition / presence / frequency
+    Order of operations on a row of logits: allowed ids, grammar and bans, logit_bias, repetition / presence / frequency
     penalties, temperature, then min_p, top_k and top_p on the tempered distribution. `temperature` 0 is greedy
     (lowest id on ties).
     Log-probabilities that are reported are those of the raw logits, before any of this.
@@ -59,9 +69,19 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not appear
     logprobs: int | None = None  # alternatives to report beside the chosen token; 0 is "the chosen one only"
+    logprob_token_ids: tuple[int, ...] = ()  # the alternatives to report in place of the best ones, with `logprobs`
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
     shown_token_ids: tuple[int, ...] = ()  # special tokens that are text all the same, as those around a tool call
+    thinking: ThinkingBudget | None = None
+    stop_regex: tuple[str, ...] = ()  # patterns that end an answer as stop strings do, see `tokenizer.stop_regex`
+    # An answer that ends in the same min to max tokens, count times in a row, is over: (min, max, count).
+    repetition: tuple[int, int, int] | None = None
+
+    @property
+    def alternatives(self) -> int | tuple[int, ...] | None:
+        """What to report beside each token: so many of the likeliest, or these ids; None: no log-probability at all."""
+        return self.logprob_token_ids or self.logprobs if self.logprobs is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +121,7 @@ class Request:
     arrival: float = 0.0
     speculation: SpeculationParams = SpeculationParams()
     diffusion: DiffusionParams = field(default_factory=DiffusionParams)
+    reading: Reading | None = None  # it reads the model and writes nothing; `sampling` says nothing then
 
 
 # ---- what the scheduler keeps and plans ------------------------------------------------------------------
@@ -290,6 +311,8 @@ class SeqResult:
     passes: Passes | None = None  # of this step, where it denoises
     error: str | None = None
     leaf: bool = False  # of a draft tree: nothing was drafted to follow the accepted tokens
+    canvas: CanvasStep | None = None  # what the step changed, where the request asks for it
+    reading: Readout | None = None  # of a request that reads, when its prompt is computed
 
 
 @record
@@ -363,6 +386,8 @@ class SeqUpdate:
     leaf: bool = False  # see SeqResult
     bias: tuple[float, ...] = ()  # see SeqResult
     passes: Passes | None = None  # of the request so far, where it is denoised
+    canvas: CanvasStep | None = None  # see SeqResult
+    reading: Readout | None = None  # see SeqResult
 
 
 @record
@@ -435,6 +460,9 @@ class ModelInfo:
     verifiers: tuple[VerifierCard, ...] = ()  # that requests may choose from
     max_bias: float = 1.0  # most that a request's verifier may move a token's law, in total variation
     thinking: tuple[int, int] | None = None  # the tokens around a thinking span, where the tokenizer has them
+    reasoning_parser: str = ""  # a name in thinking.FORMS; empty: answers are not looked through for thoughts
+    tool_parser: str = ""  # the form in which it calls tools; empty: it has no tools
+    tool_template: bool = False  # its chat template tells it of them; else the server's own prompt does
     diffusion: DiffusionInfo | None = None  # of models that denoise
 
 
@@ -494,6 +522,9 @@ class TokenEvent:
     speculation: SpeculationReport | None = None  # with `finish`, where the request asks for it
     diffusion: DiffusionReport | None = None  # likewise
     origins: str | None = None
+    rounds: tuple[tuple[int, int], ...] | None = None  # with `origins`: (drafted, stood) of each verified draft
+    canvas: tuple[CanvasNews, ...] = ()  # where the request asks for it: what happened to its canvas, step by step
+    reading: Readout | None = None  # of a request that reads: its only event
 
 
 @dataclass(frozen=True, slots=True)
@@ -510,6 +541,10 @@ class RequestSummary:
     decode: float
     first_token: float | None
     preemptions: int
+    request_id: str = ""
+    speculation: SpeculationReport = SpeculationReport()
+    passes: Passes = field(default_factory=Passes)
+    detokenize: float = 0.0  # of the time above, in the front process
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,16 @@ from dataclasses import dataclass, replace
 
 from engine import denoising, speculation
 from engine.errors import ContextLengthExceeded, InvalidRequest
+from engine.tokenizer.repetition import MAX_PATTERN_SIZE
+from engine.tokenizer.stop_regex import compile_stop
 from engine.types import ModelInfo, Request, SamplingParams
+from engine.validate_reading import settle_reading
 
 MAX_LOGPROBS = 20  # alternatives per token
+MAX_LOGPROB_IDS = 128
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
+MAX_STOP_PATTERNS = 4
 MAX_LISTED = 1024  # entries of logit_bias, stop_token_ids and bad_words
 MAX_BAD_WORD_TOKENS = 64
 GREEDY_BELOW = 1e-5  # a positive temperature under this would overflow the logits; it is greedy in all but name
@@ -84,12 +89,35 @@ RULES = (
         f"must be between 0 and {MAX_LOGPROBS}",
         lambda p, _: _optional_integer(p.prompt_logprobs, 0, MAX_LOGPROBS),
     ),
+    Rule(
+        "logprob_token_ids",
+        f"must hold at most {MAX_LOGPROB_IDS} ids of the vocabulary, each once",
+        lambda p, info: (
+            len(p.logprob_token_ids) <= MAX_LOGPROB_IDS
+            and _ids(p.logprob_token_ids, info)
+            and len(set(p.logprob_token_ids)) == len(p.logprob_token_ids)
+        ),
+    ),
+    Rule("logprob_token_ids", "needs logprobs", lambda p, _: not p.logprob_token_ids or p.logprobs is not None),
     Rule("stop", f"may have at most {MAX_STOPS} entries", lambda p, _: len(p.stop) <= MAX_STOPS),
     Rule("stop", "must hold strings of valid Unicode", lambda p, _: all(map(_utf8, p.stop))),
     Rule(
         "stop",
         f"must hold strings of 1 to {MAX_STOP_CHARS} characters",
         lambda p, _: all(1 <= len(text) <= MAX_STOP_CHARS for text in p.stop),
+    ),
+    Rule(
+        "stop_regex",
+        f"may have at most {MAX_STOP_PATTERNS} entries",
+        lambda p, _: len(p.stop_regex) <= MAX_STOP_PATTERNS,
+    ),
+    Rule(
+        "repetition_detection",
+        f"must have 1 <= min_pattern_size <= max_pattern_size <= {MAX_PATTERN_SIZE} and 2 <= min_count <= {MAX_LISTED}",
+        lambda p, _: (
+            p.repetition is None
+            or (1 <= p.repetition[0] <= p.repetition[1] <= MAX_PATTERN_SIZE and 2 <= p.repetition[2] <= MAX_LISTED)
+        ),
     ),
     Rule("stop_token_ids", f"may have at most {MAX_LISTED} entries", lambda p, _: len(p.stop_token_ids) <= MAX_LISTED),
     Rule("stop_token_ids", "must hold ids of the vocabulary", lambda p, info: _ids(p.stop_token_ids, info)),
@@ -102,6 +130,43 @@ RULES = (
             p.allowed_token_ids is None
             or (0 < len(p.allowed_token_ids) <= info.vocab_size and _ids(p.allowed_token_ids, info))
         ),
+    ),
+    Rule(
+        "thinking_token_budget",
+        "must be an integer of at least 0",
+        lambda p, _: p.thinking is None or _integer(p.thinking.tokens, 0, INT64),
+    ),
+    Rule(
+        "thinking_token_budget",
+        "is of no use here: this model has no tokens around its thinking",
+        lambda p, info: p.thinking is None or info.thinking is not None,
+    ),
+    Rule(
+        "thinking_token_budget",
+        "is not supported for models that denoise",
+        lambda p, info: p.thinking is None or info.diffusion is None,
+    ),
+    Rule(
+        "thinking_token_budget",
+        "needs the token that ends the thinking among allowed_token_ids",
+        lambda p, info: (
+            p.thinking is None or p.allowed_token_ids is None or (info.thinking or (0, 0))[1] in p.allowed_token_ids
+        ),
+    ),
+    Rule(
+        "structured_outputs",
+        "are not supported for models that denoise",
+        lambda p, info: p.grammar is None or info.diffusion is None,
+    ),
+    Rule(
+        "allowed_token_ids",
+        "can't go with structured output, which says itself what may come",
+        lambda p, _: p.grammar is None or p.allowed_token_ids is None,
+    ),
+    Rule(
+        "ignore_eos",
+        "can't go with structured output, which is over when it is complete",
+        lambda p, _: p.grammar is None or not p.ignore_eos,
     ),
     Rule("bad_words", f"may have at most {MAX_LISTED} entries", lambda p, _: len(p.bad_words) <= MAX_LISTED),
     Rule(
@@ -119,9 +184,12 @@ def validate(request: Request, info: ModelInfo, *, param: str = "prompt") -> Req
     ContextLengthExceeded when the prompt alone leaves no room for a token.
     """
     sampling = request.sampling
+    if request.reading is not None:
+        return _validate_reading(request, info, param)
     for rule in RULES:
         if not rule.holds(sampling, info):
             raise InvalidRequest(f"{rule.param} {rule.text}", param=rule.param)
+    _check_patterns(sampling)
     _check_envelope(request)
     drafting = speculation.settle(request.speculation, info)
     length = len(request.prompt_ids)
@@ -140,8 +208,26 @@ def validate(request: Request, info: ModelInfo, *, param: str = "prompt") -> Req
         min_tokens=min(sampling.min_tokens, room),
         temperature=0.0 if sampling.temperature < GREEDY_BELOW else float(sampling.temperature),
         top_k=0 if sampling.top_k >= info.vocab_size else sampling.top_k,
+        thinking=None if sampling.thinking is None else replace(sampling.thinking, around=info.thinking),
     )
     return replace(request, sampling=fitted, speculation=drafting, diffusion=diffusion)
+
+
+def _check_patterns(params: SamplingParams) -> None:
+    for pattern in params.stop_regex:
+        try:
+            compile_stop(pattern)
+        except ValueError as error:
+            raise InvalidRequest(f"stop_regex {error}", param="stop_regex") from error
+
+
+def _validate_reading(request: Request, info: ModelInfo, param: str) -> Request:
+    _check_envelope(request)
+    if not request.prompt_ids:
+        raise InvalidRequest(f"{param} must hold at least one token", param=param)
+    if not _ids(request.prompt_ids, info):
+        raise InvalidRequest(f"{param} must hold ids of the vocabulary, from 0 to {info.vocab_size - 1}", param=param)
+    return settle_reading(request, info, param)
 
 
 def _check_envelope(request: Request) -> None:

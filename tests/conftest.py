@@ -34,6 +34,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = set() if config.getoption("full") else {"slow"}
     if not Path("/dev/nvidiactl").exists():
         left_out.add("gpu")
+    if not (Path("/usr/bin/chromium").exists() and Path("/usr/bin/chromedriver").exists()):
+        left_out.add("browser")  # `.ci/run` installs both
     chosen = [item for item in items if not any(item.get_closest_marker(mark) for mark in left_out)]
     if len(chosen) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])

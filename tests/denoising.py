@@ -138,6 +138,9 @@ class Rig:
             max_canvas=0 if self.spec.block_causal else self._budget,
         )
 
+    def prepare(self, request: Request) -> None:
+        """Nothing that takes time."""
+
     def submit(self, plan: StepPlan) -> Done:
         output = self.pipeline.execute(plan)
         for result in output.results:

@@ -121,7 +121,13 @@ class SegmentRunner:
         return self.segments.target[torch.tensor(contexts)[list(rows)]]
 
     def forward_with_states(
-        self, inputs: Sequence[SeqInput], rows: Sequence[int], mode: AttentionMode = AttentionMode.CAUSAL
+        self,
+        inputs: Sequence[SeqInput],
+        rows: Sequence[int],
+        mode: AttentionMode = AttentionMode.CAUSAL,
+        block_length: int = 1,
+        *,
+        read: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The states are the logits."""
         logits = self.forward(inputs, rows, mode)
@@ -239,6 +245,9 @@ class PipelineWorker:
 
     def capacity(self) -> Capacity:
         return Capacity(self.num_blocks, BLOCK, 128, VOCAB, self.pipeline.traits)
+
+    def prepare(self, request: Request) -> None:
+        """Nothing that takes time."""
 
     def submit(self, plan: StepPlan) -> Done:
         return Done(self.pipeline.execute(plan))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import select
 import socket
 import struct
@@ -153,6 +154,16 @@ class EngineChannel:
         self._inbox = Inbox()
         self._lock = threading.Lock()
         self._unsent = bytearray()
+        self._closed = False
+        self._heard, self._bell = os.pipe()
+        for pipe in (self._heard, self._bell):
+            os.set_blocking(pipe, False)
+
+    def wake(self) -> None:
+        """End a `receive` that waits, or the next one that would; for other threads, which have news of their own."""
+        with self._lock, contextlib.suppress(BlockingIOError):  # it has rung often enough
+            if not self._closed:
+                os.write(self._bell, b"\0")
 
     def send(self, message: ToFront) -> None:
         """Never waits; what a front process that has died should have read is dropped."""
@@ -178,7 +189,7 @@ class EngineChannel:
                 self._unsent.clear()
 
     def receive(self, *, block: bool, seconds: float | None = None) -> list[ToEngine]:
-        """Everything that has arrived; with `block`, waits until something has, or for `seconds`.
+        """Everything that has arrived; with `block`, waits until something has, for `seconds`, or for a `wake`.
 
         The end of the front process is a Shutdown.
         """
@@ -199,13 +210,17 @@ class EngineChannel:
                 return messages
 
     def _wait(self, seconds: float | None) -> bool:
-        """Until there may be something to read; what was not sent leaves meanwhile. False where the time is up."""
+        """Until there may be something to read; what was not sent leaves meanwhile. False where there is nothing."""
         poll = select.poll()
+        poll.register(self._heard, select.POLLIN)
         poll.register(self._socket, select.POLLIN | (select.POLLOUT if self._unsent else 0))
         ready = poll.poll(None if seconds is None else 1000 * seconds)
         if self._unsent:
             with self._lock:
                 self._flush()
+        if any(source == self._heard for source, _ in ready):
+            os.read(self._heard, 4096)
+            return False
         return bool(ready)
 
     def close(self) -> None:
@@ -214,3 +229,8 @@ class EngineChannel:
             self._socket.settimeout(FLUSH_SECONDS)
             self._socket.sendall(self._unsent)
         self._socket.close()
+        with self._lock:
+            pipes = () if self._closed else (self._heard, self._bell)
+            self._closed = True
+            for pipe in pipes:
+                os.close(pipe)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -22,6 +23,7 @@ from engine.cluster.messages import (
     Boot,
     Check,
     CheckReply,
+    ControlReply,
     Fatal,
     Heartbeat,
     Load,
@@ -31,10 +33,11 @@ from engine.cluster.messages import (
     ToFront,
 )
 from engine.config import EngineConfig
-from engine.errors import EngineDead, SlipstreamError
+from engine.errors import ControlRefused, EngineDead, SlipstreamError
 from engine.types import Capacity, Phase, StepReport
 
 logger = logging.getLogger(__name__)
+R = TypeVar("R", CheckReply, ControlReply)
 
 GRACE_SECONDS = 5.0  # from asking a process to leave to killing it
 CHECK_SECONDS = 30.0  # how long `check` waits for the step under way
@@ -68,6 +71,7 @@ class EngineClient:
         self._fatal: Fatal | None = None
         self._capacity: asyncio.Future[Capacity] = asyncio.get_running_loop().create_future()
         self._checks: dict[int, asyncio.Future[CheckReply]] = {}
+        self._controls: dict[int, asyncio.Future[ControlReply]] = {}
         self._tokens = itertools.count()
 
     @classmethod
@@ -109,15 +113,25 @@ class EngineClient:
 
     async def check(self) -> CheckReply:
         """Have it recount its blocks between two steps; for tests and debugging. Raises EngineDead."""
+        return await self._ask(self._checks, Check)
+
+    async def control(self, ask: Callable[[int], ToEngine]) -> int:
+        """Send what `ask` makes of a token, and wait for its `ControlReply`. Raises ControlRefused and EngineDead."""
+        reply = await self._ask(self._controls, ask)
+        if reply.error:
+            raise ControlRefused(reply.error)
+        return reply.count
+
+    async def _ask(self, replies: dict[int, asyncio.Future[R]], ask: Callable[[int], ToEngine]) -> R:
         token = next(self._tokens)
-        reply = self._checks[token] = asyncio.get_running_loop().create_future()
+        reply = replies[token] = asyncio.get_running_loop().create_future()
         try:
-            self.send(Check(token))
+            self.send(ask(token))
             return await asyncio.wait_for(reply, CHECK_SECONDS)
         except TimeoutError as error:
             raise EngineDead(f"the engine process did not answer within {CHECK_SECONDS:.0f} s") from error
         finally:
-            del self._checks[token]
+            del replies[token]
 
     async def close(self) -> None:
         """End the process, politely at first, and remove every trace of it."""
@@ -158,6 +172,9 @@ class EngineClient:
             case CheckReply(token):
                 if token in self._checks and not self._checks[token].done():
                     self._checks[token].set_result(message)
+            case ControlReply(token):
+                if token in self._controls and not self._controls[token].done():
+                    self._controls[token].set_result(message)
             case Fatal():
                 self._fatal = message
 
@@ -179,7 +196,8 @@ class EngineClient:
         self._report_end(self._cause(status))
 
     def _report_end(self, cause: SlipstreamError) -> None:
-        waiting: list[asyncio.Future[Capacity] | asyncio.Future[CheckReply]] = [self._capacity, *self._checks.values()]
+        waiting: list[asyncio.Future[Capacity] | asyncio.Future[CheckReply] | asyncio.Future[ControlReply]]
+        waiting = [self._capacity, *self._checks.values(), *self._controls.values()]
         for future in waiting:
             if not future.done():
                 future.set_exception(cause)

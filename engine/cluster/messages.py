@@ -65,6 +65,33 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
+class ResetPrefixCache:
+    """Forget every published block; answered by a `ControlReply` with their number."""
+
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class StartProfile:
+    """Record steps into a new folder `folder`, until `StopProfile`, `seconds` have passed or `steps` were made.
+
+    Answered by a `ControlReply`.
+    """
+
+    token: int
+    folder: str
+    seconds: float
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopProfile:
+    """Write what was recorded; answered by a `ControlReply` with the number of steps, or an error if none runs."""
+
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
 class Shutdown:
     """Leave now; whatever still runs is lost."""
 
@@ -96,6 +123,13 @@ class CheckReply:
 
 
 @dataclass(frozen=True, slots=True)
+class ControlReply:
+    token: int
+    count: int = 0
+    error: str = ""  # what stood in the way
+
+
+@dataclass(frozen=True, slots=True)
 class Fatal:
     """Last words of an engine process. `kind` is the class name of the error, `text` its message."""
 
@@ -103,17 +137,26 @@ class Fatal:
     text: str
 
 
-ToEngine = Add | Abort | Check | Shutdown
-ToFront = Phase | Ready | StepReport | Heartbeat | CheckReply | Fatal
+ToEngine = Add | Abort | Check | ResetPrefixCache | StartProfile | StopProfile | Shutdown
+ToFront = Phase | Ready | StepReport | Heartbeat | CheckReply | ControlReply | Fatal
 M = TypeVar("M")
 
-_TO_ENGINE: dict[bytes, type[ToEngine]] = {b"a": Add, b"x": Abort, b"c": Check, b"q": Shutdown}
+_TO_ENGINE: dict[bytes, type[ToEngine]] = {
+    b"a": Add,
+    b"x": Abort,
+    b"c": Check,
+    b"e": ResetPrefixCache,
+    b"b": StartProfile,
+    b"w": StopProfile,
+    b"q": Shutdown,
+}
 _TO_FRONT: dict[bytes, type[ToFront]] = {
     b"p": Phase,
     b"r": Ready,
     b"s": StepReport,
     b"h": Heartbeat,
     b"k": CheckReply,
+    b"o": ControlReply,
     b"f": Fatal,
 }
 _KINDS: dict[type, bytes] = {kind: key for table in (_TO_ENGINE, _TO_FRONT) for key, kind in table.items()}

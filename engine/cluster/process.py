@@ -20,12 +20,28 @@ from typing import TYPE_CHECKING, NoReturn, cast
 import msgspec
 
 from engine.cluster.channel import EngineChannel
+from engine.cluster.compiling import CompileStage
+from engine.cluster.controls import Controls
 from engine.cluster.memory import calm_collector, peak_memory
-from engine.cluster.messages import Abort, Add, Boot, Check, CheckReply, Fatal, Heartbeat, Load, Ready, Shutdown
+from engine.cluster.messages import (
+    Abort,
+    Add,
+    Boot,
+    Check,
+    CheckReply,
+    Fatal,
+    Heartbeat,
+    Load,
+    Ready,
+    ResetPrefixCache,
+    Shutdown,
+    StartProfile,
+    StopProfile,
+)
 from engine.core import EngineCore
 from engine.errors import IntegrityError
 from engine.registry import WORKERS, resolve
-from engine.types import Phase
+from engine.types import FinishReason, Phase
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
@@ -84,38 +100,57 @@ def serve(core: EngineCore, channel: EngineChannel, pulse: Pulse) -> None:
 
     The recount of all blocks waits for a real pause: with many of them it would keep the next request waiting.
     """
-    settled = True
+    settled, controls, stage = True, Controls(core), CompileStage(core.prepare, channel.wake)
     while True:
         idle = not core.has_work()
-        messages = channel.receive(block=idle, seconds=None if settled else QUIET_SECONDS)
-        if idle and not messages and not settled:
+        messages = channel.receive(block=idle, seconds=None if settled and not controls.recording else QUIET_SECONDS)
+        _take_compiled(core, stage)
+        if idle and not messages and not settled and not core.has_work():
             core.settle()
             settled = True
+        if idle:
+            controls.note()
         for message in messages:
             match message:
+                case Add(requests) if any(request.sampling.grammar is not None for request in requests):
+                    stage.add(requests)
                 case Add(requests):
                     for request in requests:
                         core.add(request)
                 case Abort(request_ids):
+                    for request_id in stage.abort(request_ids):
+                        core.refuse(request_id, FinishReason.ABORT)
                     core.abort(request_ids)
                 case Check(token):
-                    channel.send(_check(core, token))
+                    channel.send(_check(core, token, stage.waiting))
+                case ResetPrefixCache() | StartProfile() | StopProfile():
+                    channel.send(controls.answer(message))
                 case Shutdown():
                     return
         if core.has_work():
             with pulse:
                 report = core.step()
             channel.send(report)
+            controls.note(report.stats)
             settled = False
 
 
-def _check(core: EngineCore, token: int) -> CheckReply:
+def _take_compiled(core: EngineCore, stage: CompileStage) -> None:
+    for batch in stage.take():
+        for request in batch.requests:
+            if batch.error:
+                core.refuse(request.id, FinishReason.ERROR, batch.error)
+            else:
+                core.add(request)
+
+
+def _check(core: EngineCore, token: int, compiling: int) -> CheckReply:
     stats, error = core.stats(), ""
     try:
         core.check_integrity()
     except IntegrityError as found:
         error = str(found)
-    return CheckReply(token, stats.running, stats.waiting, stats.kv_blocks_used, core.num_states(), error)
+    return CheckReply(token, stats.running, stats.waiting + compiling, stats.kv_blocks_used, core.num_states(), error)
 
 
 class Pulse(threading.Thread):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from engine.errors import EngineDead, SlipstreamError, StepFailed
+from engine.errors import Cancelled, EngineDead, SlipstreamError, StepFailed
 from engine.front.event_stream import EventStream
 from engine.front.output import RequestOutput
 from engine.protocols import EngineObserver
@@ -88,6 +88,14 @@ class InFlight:
         for live in found:
             self._unqueue(live)
             self._remove(live, FinishReason.ABORT, now)
+        return [live.output.request.id for live in found]
+
+    def cancel(self, wanted: Callable[[str], bool], now: float) -> list[str]:
+        """End the requests whose ids are wanted with a Cancelled of their own; returns these ids."""
+        found = [live for request_id, live in self._live.items() if wanted(request_id)]
+        for live in found:
+            self._unqueue(live)
+            self._fail(live, Cancelled("the request was cancelled by an operator"), now, FinishReason.ABORT)
         return [live.output.request.id for live in found]
 
     def fail_all(self, reason: str, finish: FinishReason, now: float) -> list[str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+
 from engine.diffusion import DiffusionReport
+from engine.front.canvas_trace import CanvasTrace
 from engine.tokenizer.detokenizer import Detokenizer
 from engine.tokenizer.tokenizer import Tokenizer
 from engine.types import (
@@ -70,6 +73,11 @@ def origins(update: SeqUpdate, kept: int) -> str:
     return ("d" * update.accepted + own)[:kept]
 
 
+def rounds(update: SeqUpdate, kept: int) -> tuple[tuple[int, int], ...]:
+    """(drafted, stood) of its round, if it was one."""
+    return ((update.drafted, min(update.accepted, kept)),) if update.drafted and kept else ()
+
+
 class RequestOutput:
     """Detokenizes, cuts at stop strings and keeps the times of one request. Times are in `time.monotonic()`."""
 
@@ -82,9 +90,11 @@ class RequestOutput:
         self._detokenizer = Detokenizer(tokenizer, request.sampling, request.prompt_ids)
         self._rounds = Rounds(request)
         self._passes = Passes()
+        self._canvas = CanvasTrace(request) if request.diffusion.trace else None
         self._prompt_logprobs: list[TokenLogprob] = []
         self._cached_tokens = 0
         self._preemptions = 0
+        self._detokenize = 0.0  # seconds
         self._scheduled_at: float | None = None
         self._first_token_at: float | None = None
 
@@ -99,9 +109,11 @@ class RequestOutput:
         the engine does not know yet that the request is over.
         """
         self._note(update)
+        began = time.perf_counter()
         piece = self._detokenizer.push(
             update.token_ids, final=update.finish is not None, stop_token=update.finish is FinishReason.STOP
         )
+        self._detokenize += time.perf_counter() - began
         first = self.num_tokens == 0
         self.num_tokens += piece.num_tokens
         self._rounds.note(update, piece.num_tokens)
@@ -109,8 +121,10 @@ class RequestOutput:
             self._first_token_at = now if self._first_token_at is None else self._first_token_at
             self.last_news = now
         finish = FinishReason.STOP if piece.stop is not None else update.finish
-        if not (piece.num_tokens or piece.text or finish):
+        canvas = () if self._canvas is None else self._canvas.take(update.canvas, finish, self.num_tokens)
+        if not (piece.num_tokens or piece.text or finish or canvas):
             return None
+        traced = self.request.speculation.trace
         return TokenEvent(
             request_id=self.request.id,
             token_ids=update.token_ids[: piece.num_tokens],
@@ -123,7 +137,10 @@ class RequestOutput:
             stop_reason=piece.stop if piece.stop is not None else update.stop_token_id,
             speculation=self._rounds.report() if finish and self.request.speculation.report else None,
             diffusion=self._denoised() if finish and self.request.diffusion.report else None,
-            origins=origins(update, piece.num_tokens) if self.request.speculation.trace else None,
+            origins=origins(update, piece.num_tokens) if traced else None,
+            rounds=rounds(update, piece.num_tokens) if traced else None,
+            canvas=canvas,
+            reading=update.reading,
         )
 
     def _note(self, update: SeqUpdate) -> None:
@@ -169,6 +186,10 @@ class RequestOutput:
             decode=now - first,
             first_token=None if self._first_token_at is None else first - arrival,
             preemptions=self._preemptions,
+            request_id=self.request.id,
+            speculation=self._rounds.report(),
+            passes=self._passes,
+            detokenize=self._detokenize,
         )
 
 
@@ -191,4 +212,6 @@ def merge(events: list[TokenEvent]) -> TokenEvent:
         speculation=last.speculation,
         diffusion=last.diffusion,
         origins=None if last.origins is None else "".join(event.origins or "" for event in events),
+        rounds=None if last.rounds is None else tuple(pair for event in events for pair in event.rounds or ()),
+        canvas=tuple(news for event in events for news in event.canvas),
     )

@@ -33,13 +33,20 @@ def tapped(model: nn.Module, taps: Taps | None) -> Iterator[None]:
 
 
 @contextmanager
-def head_inputs(head: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Within this, the list gains what `head` reads, [..., width], whenever it is called."""
+def head_inputs(head: nn.Module, scored: int | None = None) -> Iterator[list[torch.Tensor]]:
+    """Within this, the list gains what `head` is given, [..., rows, width], whenever it is called.
+
+    It reads the first `scored` rows of that, or all.
+    """
     found: list[torch.Tensor] = []
 
-    def keep(_: nn.Module, inputs: tuple[object, ...]) -> None:
-        assert isinstance(inputs[0], torch.Tensor)
-        found.append(inputs[0])
+    def keep(_: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...] | None:
+        given = inputs[0]
+        assert isinstance(given, torch.Tensor)
+        found.append(given)
+        if scored is None or given.shape[-2] <= scored:
+            return None
+        return given[..., :scored, :].contiguous(), *inputs[1:]
 
     hook = head.register_forward_pre_hook(keep)
     try:

@@ -7,9 +7,11 @@ from itertools import repeat
 
 import torch
 
-from engine.pipelines.states import FAILED, SeqState, Share, StateTable, first_rows, prompt_scores
+from engine.pipelines.readings import forward, readout_of, wanted_of
+from engine.pipelines.states import SeqState, Share, StateTable, first_rows, prompt_scores
 from engine.protocols import ForwardRunner
 from engine.runtime.sampler import Sampler
+from engine.structured.grammars import Grammars
 from engine.types import DecodeTraits, SeqResult, StepOutput, StepPlan, TokenLogprob
 
 Drawn = tuple[int, bool, TokenLogprob | None]  # a token, whether it is none, and its log-probability if it is wanted
@@ -20,10 +22,10 @@ class AutoregressivePipeline:
 
     traits = DecodeTraits(lookahead=0, chunkable=True, prefix_cacheable=True)
 
-    def __init__(self, runner: ForwardRunner) -> None:
+    def __init__(self, runner: ForwardRunner, *, grammars: Grammars | None = None) -> None:
         self._runner = runner
         self._sampler = Sampler(runner.vocab_size)
-        self._states = StateTable()
+        self._states = StateTable(grammars)
 
     def num_states(self) -> int:
         return len(self._states)
@@ -52,7 +54,7 @@ class AutoregressivePipeline:
         first = first_rows(inputs)
         last = [row + len(share.ids) - 1 for row, share in zip(first, shares, strict=True) if share.samples]
         scored = [row + offset for row, share in zip(first, shares, strict=True) for offset in share.scored]
-        logits = self._runner.forward(inputs, [*last, *scored])
+        logits, _ = forward(self._runner, inputs, [*last, *scored], wanted_of(shares, first))
         prompts = prompt_scores(shares, logits[len(last) :])
         results = [*map(self._result, shares, self._draw(shares, logits[: len(last)]), repeat(prompts))]
         return StepOutput(plan.step, (*results, *void))
@@ -62,7 +64,7 @@ class AutoregressivePipeline:
         states = [share.state.sampling for share in shares if share.samples]
         if not states:
             return repeat(None, len(shares))
-        wanted = [state.sampling.logprobs for state in states]
+        wanted = [state.sampling.alternatives for state in states]
         reported = any(count is not None for count in wanted)
         sampled = self._sampler.sample(logits, states, wanted if reported else None)
         drawn = zip(sampled.tokens.tolist(), sampled.failed.tolist(), sampled.logprobs or repeat(None), strict=False)
@@ -77,10 +79,11 @@ class AutoregressivePipeline:
         prompt = prompts.get(request_id) if prompts else None
         if drawn is None:
             state.commit((), end)
-            return SeqResult(request_id, (), end, prompt_logprobs=prompt)
+            found, error = readout_of(share)
+            return SeqResult(request_id, (), end, prompt_logprobs=prompt, error=error, reading=found)
         token, failed, logprob = drawn
         if failed:
             state.commit((), end)
-            return SeqResult(request_id, (), end, error=FAILED)
+            return SeqResult(request_id, (), end, error=state.failure)
         state.commit((token,), end)
         return SeqResult(request_id, (token,), end, None if logprob is None else (logprob,), prompt)

@@ -8,13 +8,13 @@ to the same tokens, and only those that were not handed over before leave it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.diffusion import DiffusionSpec
+from engine.diffusion import CanvasStep, DiffusionSpec
 from engine.pipelines.quotas import Schedule
 from engine.protocols import UnmaskRule
 from engine.runtime.sampler import SamplingState
@@ -34,6 +34,7 @@ class OpenBlock:
     begun: int  # masks when its first denoise step began
     step: int = 0  # denoise steps since then
     cached: bool = False  # has a denoise step of the whole block left its KV?
+    turns: int = 0  # steps that changed it, where anybody wants to know
 
     @property
     def left(self) -> int:
@@ -69,12 +70,16 @@ class Canvas:
         self.sampling = SamplingState(request)
         self.told = len(prompt) + len(output_ids)  # so many tokens are handed over, the prompt's among them
         self.reports: dict[int, TokenLogprob] = {}  # of committed tokens that are not handed over, by position
+        self._changes: dict[int, int] | None = (
+            {} if params.trace else None
+        )  # this step's, by position; -1: masked again
         origin = 0 if spec.block_causal else len(prompt)
         start = self.told - (self.told - origin) % self.length
         self.ids = [*prompt, *output_ids][: max(start, len(prompt))]
         if self.end is not None:
             self._pad(self.end)
         self.block = self._open(start)
+        self._changed: OpenBlock | None = None  # the block that was open when the step last changed something
 
     def candidates(self) -> Positions:
         """Masked positions that are open to this step: those of the first sub-block that has any."""
@@ -86,16 +91,45 @@ class Canvas:
 
     def commit(self, positions: Positions, tokens: Sequence[int]) -> None:
         """Put tokens at positions of the open block."""
-        for position, token in zip(positions.tolist(), tokens, strict=True):
-            self.ids[position] = token
+        self.place(zip(positions.tolist(), tokens, strict=True))
         self.block.masked[positions - self.block.start] = False
+
+    def place(self, tokens: Iterable[tuple[int, int]]) -> None:
+        """Write tokens at positions of the open block, whether or not they had one."""
+        for position, token in tokens:
+            self.ids[position] = token
+            if self._changes is not None:
+                self._note(position, token)
 
     def remask(self, positions: Positions) -> None:
         """Take back tokens of the open block that were not handed over."""
         for position in positions.tolist():
             self.ids[position] = self.spec.mask_id
             self.reports.pop(position, None)
+            if self._changes is not None:
+                self._note(position, -1)
         self.block.masked[positions - self.block.start] = True
+
+    def take_changes(self) -> CanvasStep | None:
+        """What the step that ends now has changed; None where that is nothing, or nobody wants to know."""
+        if not self._changes:
+            return None
+        block, self._changed = self._changed, None
+        assert block is not None
+        changes, self._changes = sorted(self._changes.items()), {}
+        block.turns += 1
+        return CanvasStep(
+            block.start,
+            block.stop,
+            block.turns,
+            tuple((position, token) for position, token in changes if token >= 0),
+            tuple(position for position, token in changes if token < 0),
+        )
+
+    def _note(self, position: int, token: int) -> None:
+        assert self._changes is not None
+        self._changes[position] = token
+        self._changed = self.block
 
     def hand_over(self) -> tuple[tuple[int, ...], tuple[TokenLogprob, ...] | None]:
         """The tokens by which the part without masks has grown, and their log-probabilities if they are wanted."""
@@ -141,5 +175,7 @@ class CanvasTable:
             self._canvases.pop(request_id, None)
         for admission in plan.admitted:
             request = admission.request
+            if request.reading is not None:
+                continue  # it has nothing to fill
             rule = self._rules[request.diffusion.rule or self._spec.rule]
             self._canvases[request.id] = Canvas(request, admission.output_ids, self._spec, rule)

@@ -75,7 +75,7 @@ def report(feeds: Sequence[Feed], logits: Tensor, scores: Scores, taken: Chosen)
     """Keep the log-probabilities of taken tokens, under the step's own logits, for requests that want them."""
     places, rows, counts = [], [], []
     for feed, at in parts(feeds):
-        wanted = feed.canvas.request.sampling.logprobs
+        wanted = feed.canvas.request.sampling.alternatives
         if wanted is not None:
             found = np.flatnonzero(taken[at])
             rows += (found + at.start).tolist()

@@ -25,6 +25,7 @@ from engine.pipelines.commits import choose, commit, parts, report
 from engine.pipelines.denoise import Denoiser
 from engine.pipelines.masked_diffusion import FULL
 from engine.pipelines.opinions import Reviewer, report_placed
+from engine.pipelines.readings import CanvasReader
 from engine.pipelines.states import FAILED, first_rows
 from engine.pipelines.turns import Drafting, Kind, Models, Turn
 from engine.pipelines.verifying import Opinion, judge
@@ -59,6 +60,7 @@ class DualDiffusionPipeline:
         self._denoiser = Denoiser(self._vocab_size, spec)
         self._draft_denoiser = Denoiser(self._vocab_size, drafter_spec or spec)
         self._reviewer = Reviewer(self._vocab_size, spec)
+        self._reader = CanvasReader(runner, spec, self._vocab_size)
         self._states: dict[str, Drafting] = {}
 
     @property
@@ -75,13 +77,14 @@ class DualDiffusionPipeline:
         )
 
     def num_states(self) -> int:
-        return len(self._states)
+        return len(self._states) + len(self._reader)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutput:
         self._enter(plan)
         turns, results = [], []
-        for item in plan.items:
+        read, items = self._reader.execute(plan)
+        for item in items:
             state = self._states[item.request_id]
             block = state.canvas.block
             if block.start < block.stop:
@@ -90,13 +93,16 @@ class DualDiffusionPipeline:
                 results.append(_full(state, item))
         for together in _shared(turns):
             self._run(together)
-        return StepOutput(plan.step, (*results, *map(_result, turns)))
+        return StepOutput(plan.step, (*read, *results, *map(_result, turns)))
 
     def _enter(self, plan: StepPlan) -> None:
         for request_id in plan.dropped:
             self._states.pop(request_id, None)
+        self._reader.enter(plan)
         for admission in plan.admitted:
             request = admission.request
+            if request.reading is not None:
+                continue  # it has nothing to fill
             rule = self._rules[request.diffusion.rule or self._models.drafting.rule]
             self._states[request.id] = Drafting(request, admission.output_ids, self._models, rule)
 
@@ -190,7 +196,8 @@ def _result(turn: Turn) -> SeqResult:
     logprobs = None
     if turn.state.canvas.request.sampling.logprobs is not None:
         logprobs = tuple(chain.from_iterable(entries or () for _, entries in turn.closed))
-    return SeqResult(request_id, new, turn.state.start(), logprobs, passes=passes)
+    changes = turn.state.canvas.take_changes()
+    return SeqResult(request_id, new, turn.state.start(), logprobs, passes=passes, canvas=changes)
 
 
 def _full(state: Drafting, item: ScheduledSeq) -> SeqResult:

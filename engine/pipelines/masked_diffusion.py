@@ -10,7 +10,7 @@ Requests at different blocks, in different phases, with any cache and rule share
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -19,6 +19,7 @@ from engine.pipelines.canvas import CanvasTable
 from engine.pipelines.commits import choose, commit, parts, report
 from engine.pipelines.denoise import Denoiser
 from engine.pipelines.feeds import Feed, feed, mode_of, wanted_rows
+from engine.pipelines.readings import CanvasReader
 from engine.pipelines.states import FAILED
 from engine.protocols import ForwardRunner, UnmaskRule
 from engine.types import DecodeTraits, Passes, SeqResult, StepOutput, StepPlan
@@ -35,6 +36,7 @@ class MaskedDiffusionPipeline:
         self._denoiser = Denoiser(runner.vocab_size, spec)
         self._rules = dict(rules)
         self._table = CanvasTable(spec, self._rules)
+        self._reader = CanvasReader(runner, spec, runner.vocab_size)
 
     @property
     def traits(self) -> DecodeTraits:
@@ -49,26 +51,30 @@ class MaskedDiffusionPipeline:
         )
 
     def num_states(self) -> int:
-        return len(self._table)
+        return len(self._table) + len(self._reader)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutput:
         self._table.enter(plan)
-        feeds = [feed(self._table[item.request_id], item) for item in plan.items]
-        if not feeds:
-            return StepOutput(plan.step, ())
+        self._reader.enter(plan)
+        read, items = self._reader.execute(plan)
+        feeds = [feed(self._table[item.request_id], item) for item in items]
+        return StepOutput(plan.step, (*read, *self._denoise(feeds)) if feeds else read)
+
+    def _denoise(self, feeds: Sequence[Feed]) -> list[SeqResult]:
+        """One pass for all of them, and what it commits."""
         inputs = [part.input() for part in feeds]
         mode = mode_of(self._spec.block_causal)
         logits = self._runner.forward(inputs, wanted_rows(feeds), mode, self._spec.block_length)
         scored = [part for part in feeds if len(part.candidates)]
         if not scored:
-            return StepOutput(plan.step, tuple(map(idle_result, feeds)))
+            return [*map(idle_result, feeds)]
         scores = self._denoiser.score(logits, scored)
         taken = choose(scored, scores)
         report(scored, logits, scores, taken)
         commit(scored, scores, taken)
         results = [_result(part) if scores.sound(at) else failed_result(part) for part, at in parts(scored)]
-        return StepOutput(plan.step, (*results, *(idle_result(part) for part in feeds if not len(part.candidates))))
+        return [*results, *(idle_result(part) for part in feeds if not len(part.candidates))]
 
 
 def _result(part: Feed) -> SeqResult:
@@ -80,7 +86,7 @@ def _result(part: Feed) -> SeqResult:
         canvas.advance()
     if not canvas.spec.block_causal and (closed or canvas.cache == "none"):
         start = 0  # goes on with a whole pass
-    return SeqResult(part.item.request_id, new, start, logprobs, passes=passes(part))
+    return SeqResult(part.item.request_id, new, start, logprobs, passes=passes(part), canvas=canvas.take_changes())
 
 
 def idle_result(part: Feed) -> SeqResult:

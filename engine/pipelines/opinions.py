@@ -69,7 +69,7 @@ def report_placed(turns: Sequence[Turn], placed: Sequence[Sequence[Opinion]], lo
     """
     first, rows, cells, counts = 0, [], [], []
     for turn, changes in zip(turns, placed, strict=True):
-        wanted = turn.state.canvas.request.sampling.logprobs
+        wanted = turn.state.canvas.request.sampling.alternatives
         if wanted is not None:
             rows += [first + turn.asked.index(opinion.position) for opinion in changes]
             cells += [(turn.state.canvas, opinion) for opinion in changes]

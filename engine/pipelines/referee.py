@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from typing import cast
 
@@ -262,7 +262,7 @@ def spread_of(drawing: Sequence[Share]) -> Spread:
         [share.state.sampling for share in drawing],
         counts,
         np.repeat(begin, counts) + ahead,
-        lambda: [state for share in drawing for state in share.ahead()],
+        cache(lambda: [state for share in drawing for state in share.ahead()]),  # grammars' masks take their time
     )
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.pipelines.states import FAILED, Share
+from engine.pipelines.readings import readout_of
+from engine.pipelines.states import Share
 from engine.runtime.sampler import top_logprobs
 from engine.types import SeqResult, TokenLogprob
 
@@ -31,10 +32,10 @@ def report(drawing: Sequence[Share], rounds: Sequence[Round], logits: torch.Tens
     """Fill in the log-probabilities of the committed tokens of requests that want them."""
     rows: list[int] = []
     tokens: list[int] = []
-    counts: list[int] = []
+    counts: list[int | tuple[int, ...]] = []
     asking = []
     for share, round_ in zip(drawing, rounds, strict=True):
-        wanted = share.state.sampling.sampling.logprobs
+        wanted = share.state.sampling.sampling.alternatives
         if wanted is not None and round_.tokens:
             asking.append(round_)
             rows += round_.rows
@@ -59,8 +60,8 @@ def commit(
         round_ = next(following) if share.samples else None
         if round_ is None or not round_.tokens:
             share.state.commit((), share.end)
-            error = None if round_ is None else FAILED
-            results.append(SeqResult(request_id, (), share.end, prompt_logprobs=prompt, error=error))
+            found, error = readout_of(share) if round_ is None else (None, share.state.failure)
+            results.append(SeqResult(request_id, (), share.end, prompt_logprobs=prompt, error=error, reading=found))
             continue
         accepted = len(round_.tokens) - 1
         share.state.commit(round_.tokens, share.end + accepted)

@@ -14,6 +14,7 @@ from operator import mul
 
 import torch
 
+from engine.pipelines.forcing import chain, force
 from engine.pipelines.rounds import Round
 from engine.pipelines.states import Share
 from engine.pipelines.survival import LengthChoice, SurvivalByKind, foreseen
@@ -31,21 +32,25 @@ Table = list[list[float]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shape:
-    """What is verified in a step, and what was thought of all that was drafted; `chances` as far as they are known."""
+    """What is verified in a step, and what was thought of all that was drafted; `chances` as far as they are known.
+
+    `sure`: whose drafts are forced. They say nothing of the drafter's.
+    """
 
     proposal: DraftProposal
     margins: torch.Tensor | None = None
     chances: Table | None = None
+    sure: frozenset[int] = frozenset()
 
 
 class Shaper:
-    """Shapes the drafts of a step. `tree`: most nodes of a draft tree, 0 for chains only.
+    """Shapes the drafts of a step. `tree`: most nodes of a draft tree, 0 for chains only; `most`: most tokens of those.
 
     Without measured costs every drafted token is verified, and trees are as large as they may be.
     """
 
-    def __init__(self, tree: int = 0) -> None:
-        self._tree = tree
+    def __init__(self, tree: int = 0, most: int = 1 << 30) -> None:
+        self._tree, self._most = tree, most
         self._survival = SurvivalByKind()
         self._barren: dict[int, int] = {}  # by the bit length of a step's requests
         self.set_costs((), (), ())
@@ -71,6 +76,7 @@ class Shaper:
     def shape(self, drawing: Sequence[Share], fed: int, proposal: DraftProposal) -> Shape:
         """Set the drafts of all shares that draw, in a step that feeds `fed` committed tokens."""
         assert proposal.parents is None, "trees are grown here, from options"
+        proposal, sure = force(drawing, proposal, self._most)
         if not any(proposal.lengths):
             return Shape(proposal)
         margins, chances, options = proposal.margins, None, proposal.options
@@ -83,24 +89,34 @@ class Shaper:
             else:
                 log_probs = [calibrated(row, chance) for row, chance in zip(log_probs, chances, strict=True)]
             trees = self._grow(drawing, options, log_probs, proposal.lengths)
+            for i in sure:
+                trees[i], chances[i] = chain(_tokens(proposal, i)), [1.0] * proposal.lengths[i]
             if (shaped := self._with_trees(drawing, fed, trees, chances)) is not None:
-                return Shape(shaped, margins, chances)
-        if chances is not None:
-            proposal = cut(proposal, self._choose(chances, fed, proposal))
+                return Shape(shaped, margins, chances, sure)
+        elif chances is not None:
+            chances = [[1.0] * proposal.lengths[i] if i in sure else row for i, row in enumerate(chances)]
+        lengths = proposal.lengths if chances is None else self._choose(chances, fed, proposal)
+        allowed = lawful(drawing, proposal, lengths)
+        if chances is not None:  # what comes behind an illegal token would never have stood
+            chances = [
+                row[:kept] if kept < length else row
+                for row, kept, length in zip(chances, allowed, lengths, strict=True)
+            ]
+        proposal = cut(proposal, allowed)
         for share, draft, length in zip(drawing, proposal.tokens.tolist(), proposal.lengths, strict=True):
             share.drafts = draft[:length]
-        return Shape(proposal, margins, chances)
+        return Shape(proposal, margins, chances, sure)
 
     def observe(self, drawing: Sequence[Share], shape: Shape, rounds: Sequence[Round]) -> None:
         """Learn from what came of the drafts."""
         if shape.chances is None:
             return
         lengths, accepted = [], []
-        for share, round_, chances in zip(drawing, rounds, shape.chances, strict=True):
+        for i, (share, round_, chances) in enumerate(zip(drawing, rounds, shape.chances, strict=True)):
             # Of a tree, its spine says what would have become of the chain.
             spine = range(len(share.drafts)) if share.tree is None else share.tree.spine()
             stood = sum(a == b for a, b in zip(spine, round_.path, strict=False))
-            lengths.append(len(spine))
+            lengths.append(0 if i in shape.sure else len(spine))
             accepted.append(stood)
             if share.tree is None:
                 round_.foreseen = foreseen(chances, len(share.drafts), stood)
@@ -119,9 +135,14 @@ class Shaper:
     ) -> list[Tree]:
         """The largest tree of each request that its granted slots hold."""
         tokens = _rows(options.tokens, lengths)
-        return [
+        trees = [
             grow(ids, weights, min(self._tree, share.item.lookahead))
             for share, ids, weights in zip(drawing, tokens, log_probs, strict=True)
+        ]
+        grammars = [share.state.sampling.grammar for share in drawing]
+        return [
+            tree if grammar is None else tree.kept(grammar.legal(tree.tokens, tree.parents))
+            for tree, grammar in zip(trees, grammars, strict=True)
         ]
 
     def _with_trees(
@@ -152,6 +173,23 @@ class Shaper:
         return (len(reaches) + sum(map(sum, reaches))) / seconds
 
 
+def lawful(drawing: Sequence[Share], proposal: DraftProposal, lengths: Sequence[int]) -> list[int]:
+    """At most these lengths: no token is verified behind one that its request's grammar does not allow.
+
+    Neither is that token, unless it was drawn. Then it has to be seen to fall: a draft that ends before it would leave
+    out what the law of the draft spends on it. The target's law has nothing there, so that nothing behind it matters.
+    """
+    found = [*lengths]
+    for i, share in enumerate(drawing):
+        grammar = share.state.sampling.grammar
+        if grammar is None or not lengths[i]:
+            continue
+        legal = grammar.legal(proposal.tokens[i, : lengths[i]].tolist())
+        if not all(legal):
+            found[i] = legal.index(False) + (isinstance(proposal.law, Dense) and _kind(share)[1])
+    return found
+
+
 def cut(proposal: DraftProposal, lengths: Sequence[int]) -> DraftProposal:
     """The chains of `proposal` without their tokens past `lengths`."""
     if tuple(lengths) == proposal.lengths:
@@ -173,6 +211,10 @@ def cut(proposal: DraftProposal, lengths: Sequence[int]) -> DraftProposal:
         margins=None if proposal.margins is None else proposal.margins[:, :most],
         options=None,
     )
+
+
+def _tokens(proposal: DraftProposal, i: int) -> list[int]:
+    return proposal.tokens[i, : proposal.lengths[i]].tolist()
 
 
 def _branches(share: Share) -> bool:

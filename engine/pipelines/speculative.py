@@ -16,6 +16,7 @@ import torch
 
 from engine.pipelines.choices import Menu, ThinkingSpan
 from engine.pipelines.coins import RequestSampler
+from engine.pipelines.readings import Wanted, forward, wanted_of
 from engine.pipelines.referee import Referee, choice_of
 from engine.pipelines.rounds import Round, commit
 from engine.pipelines.shaping import Shape, Shaper
@@ -23,6 +24,7 @@ from engine.pipelines.states import SeqState, Share, StateTable, first_rows, pro
 from engine.pipelines.trees import moves
 from engine.protocols import DraftAsk, Drafter, ForwardRunner, Verifier
 from engine.runtime.batch import AttentionMode, SeqInput
+from engine.structured.grammars import Grammars
 from engine.types import DecodeTraits, StepOutput, StepPlan
 
 
@@ -39,6 +41,7 @@ class SpeculativePipeline:
         knobs: Mapping[str, float] | None = None,
         tree: int = 0,
         sample: bool = False,
+        grammars: Grammars | None = None,
     ) -> None:
         """Requests may name any of the `verifiers`, told apart by the names on their cards.
 
@@ -52,8 +55,8 @@ class SpeculativePipeline:
         self._runner = runner
         self._drafter = drafter
         self._referee = Referee(runner.vocab_size)
-        self._shaper = Shaper(tree)
-        self._states = StateTable()
+        self._shaper = Shaper(tree, max_draft)
+        self._states = StateTable(grammars)
 
     def num_states(self) -> int:
         return len(self._states)
@@ -98,7 +101,7 @@ class SpeculativePipeline:
         ]
         scored = [row + offset for row, share in zip(first, shares, strict=True) for offset in share.scored]
         mode = AttentionMode.TREE if trees else AttentionMode.CAUSAL
-        logits, states = self._forward(drawing, inputs, [*rows, *scored], mode)
+        logits, states = self._forward(drawing, inputs, [*rows, *scored], mode, wanted_of(shares, first))
         prompts = prompt_scores(shares, logits[len(rows) :])
         rounds = self._decide(drawing, shape, logits[: len(rows)], None if states is None else states[: len(rows)])
         if trees:
@@ -136,13 +139,17 @@ class SpeculativePipeline:
         return DraftAsk(item.request_id, limit, share.end - 1, len(share.ids), item.block_ids, temperature)
 
     def _forward(
-        self, drawing: Sequence[Share], inputs: Sequence[SeqInput], rows: Sequence[int], mode: AttentionMode
+        self,
+        drawing: Sequence[Share],
+        inputs: Sequence[SeqInput],
+        rows: Sequence[int],
+        mode: AttentionMode,
+        wanted: Wanted,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits of the rows, and what the output head read there if a verifier of this step's drafts needs it."""
-        if any(share.drafts and choice_of(share).verifier.needs_states for share in drawing):
-            logits, states = self._runner.forward_with_states(inputs, rows, mode)
-            return logits[:, : self._runner.vocab_size], states
-        return self._runner.forward(inputs, rows, mode)[:, : self._runner.vocab_size], None
+        stated = any(share.drafts and choice_of(share).verifier.needs_states for share in drawing)
+        logits, states = forward(self._runner, inputs, rows, wanted, mode, stated=stated)
+        return logits[:, : self._runner.vocab_size], states
 
     def _decide(
         self, drawing: Sequence[Share], shape: Shape | None, logits: torch.Tensor, states: torch.Tensor | None

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.errors import InvalidRequest
 from engine.pipelines.choices import Choice, ThinkingSpan
+from engine.pipelines.reader import Reader
 from engine.pipelines.trees import Tree
 from engine.runtime.batch import SeqInput
 from engine.runtime.sampler import SamplingState, prompt_logprobs
-from engine.types import ScheduledSeq, SeqResult, StepPlan, TokenLogprob
+from engine.structured.grammars import Grammars
+from engine.structured.state import GrammarState
+from engine.types import Request, ScheduledSeq, SeqResult, StepPlan, TokenLogprob
 
 NOTHING = range(0)
 FAILED = "the model's output for this request is not a number, or every token is banned"
@@ -27,6 +31,16 @@ class SeqState:
     num_computed: int = 0
     choice: Choice | None = None  # how its drafts are verified, where pipelines draft
     span: ThinkingSpan | None = None  # where the choice asks for it
+    reader: Reader | None = None  # of a request that reads and draws nothing
+    refusal: str = ""  # of its grammar, which nobody has compiled before: it can't run
+
+    @property
+    def failure(self) -> str:
+        """Why no token can be drawn for it."""
+        grammar = self.sampling.grammar
+        if grammar is not None and grammar.failure:
+            return f"this request's grammar can't be followed any further: {grammar.failure}"
+        return self.refusal or FAILED
 
     def commit(self, tokens: Sequence[int], num_computed: int) -> None:
         """`tokens` follow the committed ones, and the KV of the first `num_computed` positions is final."""
@@ -49,7 +63,7 @@ class Share:
     state: SeqState
     start: int
     ids: Sequence[int]
-    samples: bool  # the step reaches the end of its tokens
+    samples: bool  # the step reaches the end of its tokens, and draws the next
     drafts: Sequence[int] = ()
     tree: Tree | None = None
     scored: range = NOTHING  # its rows whose successor is a prompt token to report
@@ -72,7 +86,9 @@ class Share:
 class StateTable:
     """The states of all requests between `admitted` and `dropped`, by id."""
 
-    def __init__(self) -> None:
+    def __init__(self, grammars: Grammars | None = None) -> None:
+        """`grammars`: needed where a request has one."""
+        self._grammars = grammars
         self._states: dict[str, SeqState] = {}
 
     def __len__(self) -> int:
@@ -88,23 +104,40 @@ class StateTable:
         for admission in plan.admitted:
             request = admission.request
             tokens = [*request.prompt_ids, *admission.output_ids]
-            state = SeqState(tokens, len(request.prompt_ids), SamplingState(request, admission.output_ids))
+            grammar, refusal = self._grammar(request)
+            sampling = SamplingState(request, admission.output_ids, grammar)
+            state = SeqState(tokens, len(request.prompt_ids), sampling, refusal=refusal)
+            if request.reading is not None:
+                state.reader = Reader(request.reading, len(request.prompt_ids))
             self._states[request.id] = state
+
+    def _grammar(self, request: Request) -> tuple[GrammarState | None, str]:
+        """The request's, if it has one, and why it can't be followed if it can't."""
+        grammar = request.sampling.grammar
+        if grammar is None:
+            return None, ""
+        if self._grammars is None:
+            return None, "structured output is not supported here"
+        try:
+            return self._grammars.state(grammar), ""
+        except InvalidRequest as error:  # the others in the step must not feel it
+            return None, error.message
 
     def shares(self, plan: StepPlan) -> tuple[list[Share], tuple[SeqResult, ...]]:
         """The plan's items that have something to feed, and the results of those that have not.
 
-        With results a step late, a sequence whose draw failed is planned once more: it has nothing to feed.
+        With results a step late, a sequence whose draw failed is planned once more: it has nothing to feed. Neither
+        has one whose grammar was refused.
         """
         shares, void = [], []
         for item in plan.items:
             state = self._states[item.request_id]
             start = state.num_computed if item.pending else item.start
             ids = state.tokens[start:] if item.pending else item.tokens
-            if not ids:
-                void.append(SeqResult(item.request_id, (), item.start, error=FAILED))
+            if not ids or state.refusal:
+                void.append(SeqResult(item.request_id, (), item.start, error=state.failure))
                 continue
-            share = Share(item, state, start, ids, start + len(ids) == len(state.tokens))
+            share = Share(item, state, start, ids, state.reader is None and start + len(ids) == len(state.tokens))
             if state.sampling.sampling.prompt_logprobs is not None and start < state.prompt_len - 1:
                 share.scored = range(min(share.end, state.prompt_len - 1) - start)
             shares.append(share)

@@ -32,6 +32,19 @@ class Tree:
         """The tree of its `count` likeliest nodes."""
         return Tree(self.tokens[:count], self.parents[:count], self.depths[:count], self.weights[:count])
 
+    def kept(self, legal: Sequence[bool]) -> Tree:
+        """The tree without the nodes that are not legal; what follows one of these is not legal either."""
+        if all(legal):
+            return self
+        nodes = [node for node, stays in enumerate(legal) if stays]
+        places = {-1: -1} | {node: place for place, node in enumerate(nodes)}
+        return Tree(
+            tuple(self.tokens[node] for node in nodes),
+            tuple(places[self.parents[node]] for node in nodes),
+            tuple(self.depths[node] for node in nodes),
+            tuple(self.weights[node] for node in nodes),
+        )
+
     def is_chain(self) -> bool:
         return all(parent == node - 1 for node, parent in enumerate(self.parents))
 

@@ -156,8 +156,7 @@ class Drafting:
         """The drafted tokens are final now, or masked. Those positions that got another token."""
         rejected = [opinion for opinion in opinions if opinion.position in judgement.replaced]
         placed = [opinion for opinion in rejected if opinion.own != opinion.drafted]
-        for opinion in placed:
-            self.canvas.ids[opinion.position] = opinion.own
+        self.canvas.place((opinion.position, opinion.own) for opinion in placed)
         self.canvas.remask(np.array(judgement.masked, dtype=np.int64))
         turn.remasked = len(judgement.masked) + len(placed)
         self._drafted.clear()

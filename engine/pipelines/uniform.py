@@ -171,6 +171,6 @@ def _decodes(item: ScheduledSeq, state: SeqState) -> bool:
 def is_plain(state: SeqState) -> bool:
     """Does the device draw this request's tokens by itself: the most likely ones, or with a temperature alone?"""
     sampling = state.sampling.sampling
-    if sampling.logprobs is not None or state.sampling.ruled:
+    if sampling.logprobs is not None or state.sampling.ruled or state.reader is not None:
         return False
     return state.sampling.greedy or not truncates(sampling)

@@ -10,6 +10,7 @@ from engine.diffusion import DiffusionSpec
 from engine.protocols import Drafter, Follower, ForwardRunner, Pipeline, UnmaskRule, Verifier, VerifierHead
 from engine.registry import DRAFTERS, PIPELINES, RULES, VERIFIERS, resolve
 from engine.speculation import settle_server
+from engine.structured.grammars import Grammars
 
 HEADED = ("diversed",)  # verifiers that are built over a trained head
 
@@ -49,15 +50,18 @@ def build_pipeline(
     draft: Follower | None = None,
     drafter: Drafter | None = None,
     verifiers: Sequence[Verifier] | None = None,
+    grammars: Grammars | None = None,
 ) -> Pipeline:
     """The configured pipeline, with this drafter, or one that is built over `draft`, and with these verifiers.
+
+    Without `grammars` no request may have one.
 
     Raises ConfigError for a name that no table knows, and for drafts that the configured verifier can't take.
     """
     kind = resolve(PIPELINES, config.pipeline, "pipeline")
     drafter = drafter or build_drafter(config, draft)
     if config.draft is None or drafter is None:
-        return cast(Callable[[ForwardRunner], Pipeline], kind)(runner)
+        return cast(Callable[..., Pipeline], kind)(runner, grammars=grammars)
     speculative = cast(Callable[..., Pipeline], kind)
     return speculative(
         runner,
@@ -67,6 +71,7 @@ def build_pipeline(
         knobs=config.verifier.knobs,
         tree=config.draft.tree,
         sample=config.draft.sample,
+        grammars=grammars,
     )
 
 

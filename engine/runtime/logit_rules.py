@@ -1,4 +1,4 @@
-"""Per-request edits of logits, for a whole batch at once: allowed ids, bans, bias, penalties; in this order."""
+"""Per-request edits of logits, for a whole batch at once: allowed ids, grammar, bans, bias, penalties; in order."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.runtime.sampling_state import SamplingState
+from engine.runtime.token_masks import keep_
 from engine.runtime.transfer import to_device
 
 NEVER = float("-inf")
@@ -47,6 +48,9 @@ class LogitRules:
             allowed = flat[self._allowed_at]
             logits[self._limited] = NEVER
             flat[self._allowed_at] = allowed
+        masks = [(row, mask) for row, state in self._ruled if (mask := state.mask) is not None]
+        if masks:
+            keep_(logits, masks)
         bans = [(row, np.fromiter(state.banned(), dtype=np.int64)) for row, state in self._ruled]
         banned = self._cells([(row, ids) for row, ids in bans if len(ids)])
         if banned.numel():
@@ -55,6 +59,10 @@ class LogitRules:
             flat.index_add_(0, self._bias_at, self._bias)
         if self._penalties:
             self._penalise(flat)
+        for row, state in self._ruled:
+            if (token := state.forced) is not None:
+                logits[row] = NEVER
+                logits[row, token] = 0.0
 
     def _penalise(self, flat: Tensor) -> None:
         cells, terms = zip(*(penalty.terms(self._vocab_size) for penalty in self._penalties), strict=True)

@@ -11,9 +11,12 @@ from engine.types import TokenLogprob
 
 _ROWS_AT_ONCE = 64
 
+# What to report beside a token: so many of the best ones, or these ids, in this order.
+Alternatives = int | tuple[int, ...]
 
-def top_logprobs(raw_logits: Tensor, tokens: Tensor, k: Sequence[int]) -> list[TokenLogprob]:
-    """Log-probability, rank and the k[i] best alternatives of tokens[i] under row i.
+
+def top_logprobs(raw_logits: Tensor, tokens: Tensor, k: Sequence[Alternatives]) -> list[TokenLogprob]:
+    """Log-probability, rank and the k[i] alternatives of tokens[i] under row i.
 
     raw_logits [n, V] float32, tokens [n] int64 on the same device. Order and rank are those of the logits, ties by
     lowest id; a rank is 1 + the number of tokens before it. -inf stays -inf. One transfer per 64 rows.
@@ -30,8 +33,9 @@ def prompt_logprobs(logits: Tensor, next_tokens: Tensor, k: int) -> list[TokenLo
     return top_logprobs(logits, next_tokens, [k] * len(logits))
 
 
-def _top_logprobs(logits: Tensor, tokens: Tensor, k: Sequence[int]) -> list[TokenLogprob]:
+def _top_logprobs(logits: Tensor, tokens: Tensor, wanted: Sequence[Alternatives]) -> list[TokenLogprob]:
     vocab_size = logits.shape[1]
+    k = [count if isinstance(count, int) else 0 for count in wanted]
     width = min(max(k) + 1, vocab_size)  # one more than asked for, to see a tie at the border
     logprobs = logits.log_softmax(1)
     column = tokens.unsqueeze(1)
@@ -49,8 +53,17 @@ def _top_logprobs(logits: Tensor, tokens: Tensor, k: Sequence[int]) -> list[Toke
         top = sorted(zip(best[:width], best[width : 2 * width], best[2 * width :], strict=True), key=_by_value)
         if count < width and count > 0 and top[count - 1][1] == top[count][1]:
             top = _stable_top(logits[row], logprobs[row], count)
-        found.append(TokenLogprob(int(token), logprob, rank, tuple((int(id_), lp) for id_, _, lp in top[:count])))
+        named = wanted[row]
+        pairs = (
+            tuple((int(id_), lp) for id_, _, lp in top[:count]) if isinstance(named, int) else _of(logprobs[row], named)
+        )
+        found.append(TokenLogprob(int(token), logprob, rank, pairs))
     return found
+
+
+def _of(logprobs: Tensor, ids: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
+    """These of one row [V], in their order."""
+    return tuple(zip(ids, logprobs[torch.tensor(ids, device=logprobs.device)].tolist(), strict=True))
 
 
 def _by_value(entry: tuple[float, float, float]) -> tuple[float, float]:

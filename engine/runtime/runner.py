@@ -62,19 +62,33 @@ class ModelRunner:
         return logits
 
     def forward_with_states(
-        self, inputs: Sequence[SeqInput], rows: Sequence[int], mode: AttentionMode = AttentionMode.CAUSAL
+        self,
+        inputs: Sequence[SeqInput],
+        rows: Sequence[int],
+        mode: AttentionMode = AttentionMode.CAUSAL,
+        block_length: int = 1,
+        *,
+        read: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward`, and what the output head made the logits of: [len(rows), width] in the model's dtype.
 
-        That is after the final norm. Raises ModelLoadError where the head can't be told or is not called.
+        That is after the final norm. With `read` these are of other rows, [len(read), width], which cost no logits.
+        Raises ModelLoadError where the head can't be told or is not called.
         """
-        with head_inputs(head_of(self.adapter.model)) as found:
-            logits = self.forward(inputs, rows, mode)
+        read = rows if read is None else read
+        known = {row: place for place, row in enumerate(rows)}
+        others = [row for row in dict.fromkeys(read) if row not in known]
+        known.update((row, len(rows) + place) for place, row in enumerate(others))
+        with head_inputs(head_of(self.adapter.model), max(1, len(rows))) as found:
+            logits = self.forward(inputs, [*rows, *others], mode, block_length)
         states = found[0].flatten(0, -2) if len(found) == 1 else None
-        if states is None or len(states) != len(rows):
+        if states is None or len(states) != len(rows) + len(others):
             kind = self.adapter.model.config.model_type
-            raise ModelLoadError(f"{kind}: what its output head reads can't be told, and a verifier's head needs it")
-        return logits, states
+            raise ModelLoadError(f"{kind}: what its output head reads can't be told, and it is needed here")
+        if read is not rows:
+            (places,) = to_device([torch.tensor([known[row] for row in read])], self.adapter.device)
+            states = states[places]
+        return logits[: len(rows)], states
 
     def compact(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy slots `source` [k] to slots `target` [k], in the model's pool and in its follower's."""

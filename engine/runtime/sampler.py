@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.kernels.choose import Chosen, choose, usable
 from engine.runtime.logit_rules import NEVER
-from engine.runtime.logprobs import prompt_logprobs, top_logprobs
+from engine.runtime.logprobs import Alternatives, prompt_logprobs, top_logprobs
 from engine.runtime.rng import Draw, Purpose, gumbel_at, gumbel_rows
 from engine.runtime.sampling_layout import POSITION, PURPOSE, STEP, Layout
 from engine.runtime.sampling_state import SamplingState
@@ -75,13 +75,13 @@ class Sampler:
         self._layout: Layout | None = None
 
     def sample(
-        self, logits: Tensor, states: Sequence[SamplingState], logprobs: Sequence[int | None] | None = None
+        self, logits: Tensor, states: Sequence[SamplingState], logprobs: Sequence[Alternatives | None] | None = None
     ) -> Sampled:
         """Draw the token at each state's `position`; the caller pushes it once it is committed.
 
         `logits` [n, vocab_size or more] float32 are only read; columns past the vocabulary are never drawn.
-        `logprobs[i]` is the number of alternatives to report for row i (0: the chosen token only), None for no report;
-        without `logprobs` there are no reports at all.
+        `logprobs[i]` is the number of alternatives to report for row i (0: the chosen token only), or their ids; None
+        for no report. Without `logprobs` there are no reports at all.
         """
         raw = logits[:, : self._vocab_size]
         tokens, failed = self._drawn(raw, states)
@@ -253,7 +253,9 @@ def _draw_kept(scores: Tensor, kept: Kept, draws: Sequence[Draw]) -> Tensor:
     return kept.ids[(starts + first_argmax(table)).clamp_(max=total - 1)]
 
 
-def _reports(raw: Tensor, tokens: Tensor, failed: Tensor, wanted: Sequence[int | None]) -> list[TokenLogprob | None]:
+def _reports(
+    raw: Tensor, tokens: Tensor, failed: Tensor, wanted: Sequence[Alternatives | None]
+) -> list[TokenLogprob | None]:
     """One entry per row, from the raw logits; None where none is wanted and for failed rows."""
     found: list[TokenLogprob | None] = [None] * len(wanted)
     if all(count is None for count in wanted):

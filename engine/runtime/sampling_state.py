@@ -9,6 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.runtime.rng import Draw, Purpose
+from engine.runtime.thinking import ThinkingCount
+from engine.structured.state import GrammarState
+from engine.structured.vocabulary import Mask
 from engine.types import Request
 
 GREEDY_BELOW = 1e-5  # temperatures under this take the most likely token
@@ -21,11 +24,14 @@ class SamplingState:
     """
 
     __slots__ = (
-        *("_bans", "_choice", "_min_bans", "_purpose", "_step"),
-        *("allowed", "bias", "counts", "num_outputs", "position", "sampling"),
+        *("_bans", "_choice", "_min_bans", "_purpose", "_row", "_step", "_thinking"),
+        *("allowed", "bias", "counts", "grammar", "num_outputs", "position", "sampling"),
     )
 
-    def __init__(self, request: Request, output_ids: Sequence[int] = ()) -> None:
+    def __init__(self, request: Request, output_ids: Sequence[int] = (), grammar: GrammarState | None = None) -> None:
+        """`grammar`: the request's own, at the beginning; it belongs to the state from now on."""
+        self.grammar = grammar
+        self._row: Mask | None = None  # of states ahead, which have no grammar of their own
         self.sampling = sampling = request.sampling
         self.position = len(request.prompt_ids)  # of the token to draw
         self.num_outputs = 0
@@ -36,6 +42,7 @@ class SamplingState:
         self.bias = Bias(sampling.logit_bias) if sampling.logit_bias else None
         self._min_bans = (*request.eos_ids, *sampling.stop_token_ids) if sampling.min_tokens > 0 else ()
         self._bans = BadWords(sampling.bad_words, request.prompt_ids) if sampling.bad_words else None
+        self._thinking = None if sampling.thinking is None else ThinkingCount(sampling.thinking)
         self.counts: TokenCounts | None = None
         if sampling.repetition_penalty != 1.0:
             self.counts = TokenCounts(request.prompt_ids)
@@ -51,7 +58,7 @@ class SamplingState:
     @property
     def ruled(self) -> bool:
         """May anything but the temperature and the truncations change this request's logits?"""
-        parts = (self.allowed, self.bias, self._bans, self.counts)
+        parts = (self.allowed, self.bias, self._bans, self.counts, self._thinking, self.grammar, self._row)
         return bool(self._min_bans) or any(part is not None for part in parts)
 
     def ahead(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> list[SamplingState]:
@@ -63,6 +70,9 @@ class SamplingState:
         for index, token in enumerate(tokens):
             states.append(states[index if parents is None else parents[index] + 1]._copy())
             states[-1].push(token)
+        if self.grammar is not None:
+            for state, row in zip(states[1:], self.grammar.masks(tokens, parents), strict=True):
+                state._row = row
         return states
 
     def masked(self, position: int, step: int) -> SamplingState:
@@ -79,10 +89,12 @@ class SamplingState:
         new.allowed, new.bias, new.counts = self.allowed, self.bias, self.counts
         new._choice, new._purpose, new._step = self._choice, self._purpose, self._step
         new._bans, new._min_bans = self._bans, self._min_bans
+        new.grammar = new._row = None
         if self.counts is not None:
             new.counts = self.counts.copy()
         if self._bans is not None:
             new._bans = self._bans.copy()
+        new._thinking = None if self._thinking is None else self._thinking.copy()
         return new
 
     def push(self, token: int) -> None:
@@ -92,9 +104,33 @@ class SamplingState:
             self.counts.push(token)
         if self._bans is not None:
             self._bans.push(token)
+        if self._thinking is not None:
+            self._thinking.push(token)
+        if self.grammar is not None:
+            self.grammar.push(token)
+
+    @property
+    def forced(self) -> int | None:
+        """The one token that may come next, whatever all other rules say; None where there is none such."""
+        return None if self._thinking is None else self._thinking.forced
+
+    @property
+    def mask(self) -> Mask | None:
+        """[words] The tokens that the grammar allows next, see `structured.vocabulary`; None: it says nothing."""
+        return self._row if self.grammar is None else self.grammar.mask
 
     def banned(self) -> Iterable[int]:
-        """Ids that the next token must not be (possibly repeated, possibly outside the vocabulary)."""
+        """Ids that the next token must not be (possibly repeated, possibly outside the vocabulary).
+
+        None where nothing would be left of what a grammar allows: an answer's form comes before its length and words.
+        """
+        mask = self.mask
+        if mask is None:
+            return self._listed()
+        banned = [*self._listed()]
+        return () if banned and not leaves_any(mask, banned) else banned
+
+    def _listed(self) -> Iterable[int]:
         if self.num_outputs < self.sampling.min_tokens:
             yield from self._min_bans
         if self._bans is not None:
@@ -104,6 +140,15 @@ class SamplingState:
         """Of this purpose, or of its own."""
         purpose = self._purpose if purpose is None else purpose
         return Draw(self.sampling.seed, self._choice, self.position, purpose, self._step)
+
+
+def leaves_any(mask: Mask, banned: Iterable[int]) -> bool:
+    """Does the mask allow a token that is not banned?"""
+    left = mask.copy()
+    for token in banned:
+        if 0 <= token < 32 * len(left):
+            left[token // 32] &= ~np.uint32(1 << token % 32)
+    return bool(left.any())
 
 
 class Bias:

@@ -11,7 +11,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.diffusion import DiffusionSpec
-from engine.errors import DeviceOutOfMemory, InsufficientMemory
+from engine.errors import DeviceOutOfMemory, InsufficientMemory, InvalidRequest
 from engine.models.draft_host import LoadedDraft
 from engine.protocols import LaunchingPipeline, Pipeline, PricedPipeline, StepHandle
 from engine.runtime.assembly import build_denoiser, build_drafter, build_pipeline, build_rules
@@ -26,7 +26,8 @@ from engine.runtime.memory import resident_bytes
 from engine.runtime.phases import OnPhase, phase
 from engine.runtime.runner import ModelRunner
 from engine.runtime.running_ahead import SPARE, draft_scratch, run_ahead, runs_ahead
-from engine.types import Capacity, DecodeTraits, StepOutput, StepPlan
+from engine.structured.grammars import Grammars
+from engine.types import Capacity, DecodeTraits, Request, StepOutput, StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +89,13 @@ class LocalWorker:
         offer = Capacity(
             blocks, config.kv.block_size, max_len, runner.vocab_size, DecodeTraits(), numerics=loaded.numerics
         )
+        self._grammars = Grammars(folder, runner.vocab_size)
         if loaded.diffusion is not None:
             self._pipeline, self._capacity = _denoising(config, loaded.diffusion, runner, fast, offer)
             return
         drafter = build_drafter(config.model, follower)
         verifiers = offer_verifiers(config.model, folder, runner, draft, drafter, on_phase)
-        self._pipeline = build_pipeline(config.model, runner, follower, drafter, verifiers)
+        self._pipeline = build_pipeline(config.model, runner, follower, drafter, verifiers, self._grammars)
         traits = self._pipeline.traits
         costs = Costs()
         if drafter is not None and config.model.draft is not None and config.model.draft.adaptive:
@@ -110,6 +112,14 @@ class LocalWorker:
 
     def capacity(self) -> Capacity:
         return self._capacity
+
+    def prepare(self, request: Request) -> None:
+        grammar = request.sampling.grammar
+        if grammar is None:
+            return
+        if self._capacity.diffusion is not None:
+            raise InvalidRequest("Structured output is not supported for models that denoise.")
+        self._grammars.prepare(grammar)
 
     def submit(self, plan: StepPlan) -> StepHandle:
         """Raises DeviceOutOfMemory when the step did not fit, and EngineDead when the device is beyond repair."""

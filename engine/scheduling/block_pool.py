@@ -100,6 +100,13 @@ class BlockPool:
             self._clean.append(block)
         self._forget(block)
 
+    def unpublish_all(self) -> int:
+        """No block can be found any more; owners keep theirs. Returns how many could be found."""
+        found = list(self._by_digest.values())
+        for block in found:
+            self.unpublish(block)
+        return len(found)
+
     def _forget(self, block: int) -> None:
         digest = self._digests[block]
         if digest is not None:

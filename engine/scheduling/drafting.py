@@ -43,7 +43,7 @@ class DraftControl:
         """Most positions past its last token that a step may write for this sequence; all of them if it is denoised."""
         if self._traits.denoises:
             return reach(seq, self._traits) - seq.num_tokens
-        most = self._traits.lookahead
+        most = self._traits.lookahead if seq.request.reading is None else 0
         return seq.request.speculation.bound(most) if self._traits.drafts else most
 
     def first(self, seq: Sequence) -> int:

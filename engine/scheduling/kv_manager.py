@@ -34,13 +34,16 @@ class KVManager:
         """Published blocks that hold the leading tokens of a waiting sequence. Takes none of them yet.
 
         At least one token is always left to compute, because a step that feeds nothing can't say what follows.
-        A request for prompt log-probabilities reuses only positions whose log-probabilities it has already had.
+        A request for prompt log-probabilities reuses only positions whose log-probabilities it has already had, and one
+        that reads only those before the first that it reads.
         """
         if not self.prefix_cache:
             return []
         usable = seq.num_tokens - 1
         if seq.request.sampling.prompt_logprobs is not None and seq.num_scored < len(seq.request.prompt_ids) - 1:
             usable = seq.num_scored
+        if seq.request.reading is not None:
+            usable = min(usable, seq.request.reading.first_needed(seq.num_tokens))
         most = usable // self.share_size * self._group
         found = self.pool.lookup_chain(seq.digests[:most])
         if len(found) == len(seq.digests):  # hash no more than what may be found

@@ -170,7 +170,8 @@ class Planner:
         """Admissions after a preemption are not counted: they would find the sequence's own blocks."""
         seq.scheduled_at = self._clock()
         seq.cached_tokens = cached
-        if self._kv.prefix_cache and seq.request.sampling.prompt_logprobs is None:
+        reads_all = seq.request.reading is not None and not seq.request.reading.first_needed(seq.num_tokens)
+        if self._kv.prefix_cache and seq.request.sampling.prompt_logprobs is None and not reads_all:
             self.prefix_queries += len(seq.request.prompt_ids)
             self.prefix_hits += cached
 

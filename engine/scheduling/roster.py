@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 from operator import attrgetter
 
 from engine.errors import IntegrityError
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.waiting import WaitingQueue
-from engine.types import FinishReason, Sequence, SequenceStatus, SeqUpdate
+from engine.types import FinishReason, ScheduledSeq, Sequence, SequenceStatus, SeqUpdate
 
 by_rank = attrgetter("rank")
 
@@ -104,8 +105,15 @@ class Roster:
     def num_waiting(self) -> int:
         return len(self.waiting) + sum(seq.status is SequenceStatus.WAITING for seq in self.leaving)
 
-    def check(self) -> None:
-        """Every sequence in one place, with what belongs there. Raises IntegrityError with details."""
+    def check(self, in_flight: Iterable[tuple[ScheduledSeq, ...]]) -> None:
+        """Every sequence in one place, with what belongs there; `in_flight`: the items of each step that is under way.
+
+        Raises IntegrityError with details.
+        """
+        shares = {(item.request_id, id(item)) for items in in_flight for item in items}
+        known = {(name, id(item)) for name, seq in self.sequences.items() for item in seq.in_flight}
+        if shares != known:
+            raise IntegrityError(f"steps in flight hold {len(shares)} shares, but their sequences know {len(known)}")
         self._kv.check(self.sequences.values())
         if self.running != sorted(self.running, key=by_rank):
             raise IntegrityError("the running sequences are out of order")

@@ -175,11 +175,11 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Recount every block and every sequence, at any time between calls. Raises IntegrityError with details."""
-        self._roster.check()
-        shares = {(item.request_id, id(item)) for items in self._in_flight.values() for item in items}
-        known = {(name, id(item)) for name, seq in self._roster.sequences.items() for item in seq.in_flight}
-        if shares != known:
-            raise IntegrityError(f"steps in flight hold {len(shares)} shares, but their sequences know {len(known)}")
+        self._roster.check(self._in_flight.values())
+
+    def reset_prefix_cache(self) -> int:
+        """Let no block be found that is published now; those who hold one keep it. Returns how many could be found."""
+        return self._kv.pool.unpublish_all()
 
     def _take_step(self, step: int) -> tuple[ScheduledSeq, ...]:
         oldest = next(iter(self._in_flight), None)
@@ -206,7 +206,7 @@ class Scheduler:
         scored = _unsent_scores(seq, item, result)
         if end is not None:
             self._roster.finish(seq)
-        elif not tokens and not scored:
+        elif not tokens and not scored and result.canvas is None:
             return None
         return _update(seq, result, tokens, end, scored)
 
@@ -256,6 +256,8 @@ def _update(
         result.leaf,
         result.bias[:kept],
         None if result.passes is None else seq.passes,
+        result.canvas,
+        result.reading,
     )
 
 

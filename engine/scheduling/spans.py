@@ -18,7 +18,10 @@ def reach(seq: Sequence, traits: DecodeTraits) -> int:
 
     Block-causal: the end of the block that holds the first open position. It may lie past the sequence's limit, by
     less than a block. A canvas: its end in whole passes and under a prefix cache, else the end of the open block.
+    One that is only read has nothing open.
     """
+    if seq.request.reading is not None:
+        return seq.num_tokens
     if traits.canvas and seq.num_computed == 0:
         return canvas_span(seq.request, traits)
     if not traits.canvas or traits.unit > 1:  # a canvas with a unit: its drafter's blocks are counted from 0

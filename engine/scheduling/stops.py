@@ -19,15 +19,19 @@ class Cut(NamedTuple):
 def cut(seq: Sequence, new_tokens: tuple[int, ...]) -> Cut | None:
     """The end in the tokens that a sampling step drew, or None. A stop token itself counts; what follows it does not.
 
-    The first `min_tokens` tokens can't stop a sequence. An id that is end-of-sequence as well as the client's
+    The first `min_tokens` tokens can't stop a sequence, unless its grammar is complete: where it allows anything else,
+    the pipeline has not drawn an end. An id that is end-of-sequence as well as the client's
     stop id counts as end-of-sequence. A stop on the very last token that fits is a stop, not a length.
     """
+    if seq.request.reading is not None:
+        return Cut(0, FinishReason.STOP)
     room = seq.limit - seq.num_tokens
     if not seq.stop_ids.isdisjoint(new_tokens):
         protected = seq.request.sampling.min_tokens - len(seq.output_ids)
         for index, token in enumerate(new_tokens[:room]):
-            if token in seq.stop_ids and index >= protected:
-                return Cut(index + 1, FinishReason.STOP, None if token in seq.request.eos_ids else token)
+            ends = token in seq.request.eos_ids
+            if token in seq.stop_ids and (index >= protected or (ends and seq.request.sampling.grammar is not None)):
+                return Cut(index + 1, FinishReason.STOP, None if ends else token)
     if len(new_tokens) >= room:
         return Cut(room, FinishReason.LENGTH)
     return None

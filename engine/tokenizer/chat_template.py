@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-from jinja2 import Template, TemplateError
+from jinja2 import Template, TemplateError, meta
 
 from engine.errors import InvalidRequest
 from engine.tokenizer.amplifiers import number_of_items
@@ -53,13 +53,24 @@ class ChatTemplate:
         )
         self._variables = dict(variables)
         self._templates: dict[str, Template] = {}
+        self._sources = tuple(sources.values())
+        self._read: frozenset[str] = frozenset()
         for name, source in sources.items():
             if len(source) > MAX_TEMPLATE:
                 raise ValueError(f"it is longer than {MAX_TEMPLATE} characters")
             try:
                 self._templates[name] = environment.from_string(source)
+                self._read |= meta.find_undeclared_variables(environment.parse(source))
             except (TemplateError, SyntaxError, RecursionError, MemoryError) as error:
                 raise ValueError(_short(error)) from error
+
+    def reads(self, variable: str) -> bool:
+        """Is what a caller gives under this name looked at?"""
+        return variable in self._read
+
+    def mentions(self, text: str) -> bool:
+        """Does any of the sources hold this text?"""
+        return any(text in source for source in self._sources)
 
     def render(
         self,

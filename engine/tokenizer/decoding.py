@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from engine.tokenizer.pieces import PieceKind
 from engine.tokenizer.tokenizer import Tokenizer
@@ -16,12 +16,20 @@ class IncrementalDecoder:
     """Holds back what is no whole character yet; `finish` gives it out as U+FFFD.
 
     `prompt_ids`: the tokens that the text continues. They matter only for the space that SentencePiece puts
-    before the first word of a text, which is a real one when the text goes on.
+    before the first word of a text, which is a real one when the text goes on. `shown`: special tokens that are
+    text all the same.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool,
+        prompt_ids: Sequence[int] = (),
+        shown: Collection[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
+        self._shown = frozenset(shown)
         self._opaque = tokenizer.pieces.kind is PieceKind.OPAQUE
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._at_start = tokenizer.pieces.strip and not any(self._visible(i) for i in prompt_ids)
@@ -44,7 +52,7 @@ class IncrementalDecoder:
         return self._strip(self._utf8.decode(b"", final=True))
 
     def _visible(self, token_id: int) -> bool:
-        return not (self._skip and self._tokenizer.is_special(token_id))
+        return not (self._skip and self._tokenizer.is_special(token_id)) or token_id in self._shown
 
     def _strip(self, text: str) -> str:
         if self._at_start and text:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.tokenizer.decoding import IncrementalDecoder
+from engine.tokenizer.repetition import STOP_REASON, RepetitionDetector
 from engine.tokenizer.stop_strings import StopMatcher
 from engine.tokenizer.tokenizer import Tokenizer
 from engine.types import SamplingParams
@@ -35,8 +36,9 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> None:
         self._params = params
-        self._decoder = IncrementalDecoder(tokenizer, params.skip_special_tokens, prompt_ids)
-        self._matcher = StopMatcher(params.stop)
+        self._decoder = IncrementalDecoder(tokenizer, params.skip_special_tokens, prompt_ids, params.shown_token_ids)
+        self._matcher = StopMatcher(params.stop, params.stop_regex)
+        self._repetition = None if params.repetition is None else RepetitionDetector(*params.repetition)
         self._stop: str | None = None
         self._num_tokens = 0
         self._length = 0  # characters decoded so far
@@ -56,11 +58,22 @@ class Detokenizer:
             offsets.append(self._length)
             self._num_tokens += 1
             silent = stop_token and i == len(token_ids) - 1 and not self._params.include_stop_str_in_output
-            if not silent and self._read(self._decoder.push(token_id)):
+            if silent:
+                continue
+            if self._read(self._decoder.push(token_id)) or (self._repetition is not None and self._repeats(token_id)):
                 break
         if final and self._stop is None:
             self._read(self._decoder.finish())
         return Piece(self._release(final), tuple(offsets), self._stop, len(offsets))
+
+    def _repeats(self, token_id: int) -> bool:
+        """Has the answer begun to repeat itself? All of it stays, and nothing comes after it."""
+        found = self._repetition is not None and self._repetition.push(token_id)
+        if not found or self._num_tokens <= self._params.min_tokens:
+            return False
+        self._read(self._decoder.finish())
+        self._stop = self._stop or STOP_REASON
+        return True
 
     def _read(self, text: str) -> bool:
         """Add decoded text; true when a stop string ends in it, behind which nothing is kept."""
@@ -69,9 +82,9 @@ class Detokenizer:
         self._held += text
         if match is None:
             return False
-        position, self._stop = match
-        end = len(self._held) - len(text) + position
-        kept = end if self._params.include_stop_str_in_output else end - len(self._stop)
+        self._stop = match.stop
+        end = len(self._held) - len(text) + match.end
+        kept = end if self._params.include_stop_str_in_output else end - match.length
         self._held = self._held[:kept]
         return True
 

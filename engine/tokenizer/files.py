@@ -14,6 +14,8 @@ from engine.errors import ModelLoadError
 from engine.tokenizer.mask_token import hide_token
 
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TOKENIZER_CLASS = "PreTrainedTokenizerFast"  # where nobody says otherwise
+_PRIVATE = ("_file", "name_or_path", "auto_map")  # ends of keys that say where files lay when the checkpoint was made
 _OTHER_FORMATS = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model", "tiktoken.model", "vocab.txt")
 
 
@@ -115,6 +117,23 @@ def read_eos_ids(folder: Path, backend: Backend, files: TokenizerFiles) -> tuple
             return tuple(dict.fromkeys(ids))
     token_id = backend.token_to_id(files.special.get("eos_token", ""))
     return () if token_id is None else (token_id,)
+
+
+def published(files: TokenizerFiles) -> dict[str, object]:
+    """tokenizer_config.json without the names of files and folders; tokens are their texts, and the templates are there
+    wherever they came from."""
+    config = {name: _plain(value) for name, value in files.config.items() if not name.endswith(_PRIVATE)}
+    if files.templates:
+        named = [{"name": name, "template": source} for name, source in files.templates.items()]
+        config["chat_template"] = files.templates["default"] if list(files.templates) == ["default"] else named
+    return config
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        text = value.get("content")
+        return text if isinstance(text, str) else {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def _templates(folder: Path, config: Mapping[str, object]) -> Mapping[str, str]:

@@ -1,38 +1,58 @@
-"""Finding stop strings in text that arrives in pieces, with constant work per character."""
+"""Finding stop strings and stop patterns in text that arrives in pieces, with bounded work per character."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
+
+from engine.tokenizer.stop_regex import PatternMatcher, compile_stop
+
+
+class Match(NamedTuple):
+    """`end`: how many characters of the text that was read last belong to it or stand before it; `stop`: the stop
+    string, or the pattern; `length`: in characters."""
+
+    end: int
+    stop: str
+    length: int
 
 
 class StopMatcher:
-    """Knuth-Morris-Pratt automata, one per stop string, that read a text once.
+    """Knuth-Morris-Pratt automata, one per stop string, and one automaton per pattern, that read a text once.
 
-    The stop whose last character comes first wins, and among those that end together the longest. So the result
-    does not depend on how the text was cut into tokens or pushes.
+    The stop whose last character comes first wins, and among those that end together the longest (a string before a
+    pattern). So the result does not depend on how the text was cut into tokens or pushes.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], patterns: Sequence[str] = ()) -> None:
         self._stops = tuple(dict.fromkeys(stop for stop in stops if stop))
         self._borders = [_borders(stop) for stop in self._stops]
         self._states = [0] * len(self._stops)
+        self._patterns = [PatternMatcher(compile_stop(pattern)) for pattern in dict.fromkeys(patterns)]
 
     @property
     def held(self) -> int:
         """Length of the longest suffix of the text so far that may be the beginning of a stop."""
+        if self._patterns:
+            return max(*self._states, *(pattern.held for pattern in self._patterns), 0, 0)
         return max(self._states, default=0)
 
-    def feed(self, text: str, listening: bool = True) -> tuple[int, str] | None:
-        """Read on. Returns (how many characters of `text` were read, the stop) at the first match.
+    def feed(self, text: str, listening: bool = True) -> Match | None:
+        """Read on. Returns the first match, if there is one.
 
         When not `listening`, stops that end in `text` are passed over.
         """
-        if not self._stops:
+        if not self._stops and not self._patterns:
             return None
         for position, character in enumerate(text, 1):
-            matched = self._advance(character)
-            if matched and listening:
-                return position, matched
+            stop = self._advance(character)
+            length = len(stop)
+            for pattern in self._patterns:
+                size = pattern.feed(character)
+                if size > length:
+                    stop, length = pattern.automaton.pattern, size
+            if length and listening:
+                return Match(position, stop, length)
         return None
 
     def _advance(self, character: str) -> str:

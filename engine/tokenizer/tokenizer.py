@@ -9,27 +9,21 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 
 from engine.errors import InvalidRequest
+from engine.thinking import FORMS
 from engine.tokenizer.chat_template import ChatTemplate
 from engine.tokenizer.files import (
+    TOKENIZER_CLASS,
     add_declared_tokens,
     load_backend,
+    published,
     read_eos_ids,
     read_files,
     set_post_processor,
 )
 from engine.tokenizer.pieces import PieceKind, Pieces
+from engine.tokenizer.tool_form import tool_form
 
 logger = logging.getLogger(__name__)
-
-# How models mark the beginning and the end of their thinking, where each mark is one added token.
-THINKING = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("[THINK]", "[/THINK]"),
-    ("<seed:think>", "</seed:think>"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("◁think▷", "◁/think▷"),
-)
 
 
 class Tokenizer:
@@ -42,9 +36,15 @@ class Tokenizer:
         special: Mapping[str, str] | None = None,
         template: ChatTemplate | None = None,
         hidden: Mapping[int, str] | None = None,
+        details: Mapping[str, object] | None = None,
     ) -> None:
-        """`hidden`: the text of tokens that no text is encoded as, and that the backend has under another name."""
+        """`hidden`: the text of tokens that no text is encoded as, and that the backend has under another name.
+
+        `details`: what `info` tells beside the special tokens.
+        """
         names = special or {}
+        # As tokenizer_config.json has it, for clients that tokenize by themselves.
+        self.info: Mapping[str, object] = {"tokenizer_class": TOKENIZER_CLASS, **names, **(details or {})}
         self.eos_ids = eos_ids
         self.bos_token = names.get("bos_token")
         self.eos_token = names.get("eos_token")
@@ -55,10 +55,10 @@ class Tokenizer:
         self._template = template
         added = backend.get_added_tokens_decoder()
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
-        named = {token.content: token_id for token_id, token in added.items()}
-        pairs = ((named.get(begin), named.get(end)) for begin, end in THINKING)
+        self._added = {token.content: token_id for token_id, token in added.items()}
+        marks = (self._marks(form) for form in FORMS)
         # The tokens around a thinking span; None where the model has none.
-        self.thinking = next(((begin, end) for begin, end in pairs if begin is not None and end is not None), None)
+        self.thinking = next((pair for pair in marks if pair is not None), None)
 
     @classmethod
     def load(cls, folder: Path, mask_id: int | None = None) -> Tokenizer:
@@ -76,11 +76,42 @@ class Tokenizer:
             except ValueError as error:
                 logger.warning("the chat template of %s can't be used: %s", folder.name, error)
         hidden = {} if mask_id is None or mask is None else {mask_id: mask}
-        return cls(backend, read_eos_ids(folder, backend, files), files.special, template, hidden)
+        return cls(backend, read_eos_ids(folder, backend, files), files.special, template, hidden, published(files))
 
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
+
+    def added_id(self, text: str) -> int | None:
+        """The token that stands for this text and no other, if the vocabulary was given one."""
+        return self._added.get(text)
+
+    def template_mentions(self, text: str) -> bool:
+        """Does the source of the chat template hold this text, as the name of a variable that it reads?"""
+        return self._template is not None and self._template.mentions(text)
+
+    def thinking_form(self, wanted: str) -> tuple[str, tuple[int, int] | None]:
+        """The name of the form that an answer's thoughts have, empty where they are not told apart; and its marks.
+
+        `wanted`: such a name, "none" or "auto". Of "none" the marks are those that the vocabulary has.
+        """
+        if wanted not in ("auto", "none"):
+            return wanted, self._marks(wanted)
+        if wanted == "auto" and self._template is not None:
+            for name, form in FORMS.items():
+                marks = self._marks(name)
+                if marks is not None or (self.template_mentions(form.begin) and self.template_mentions(form.end)):
+                    return name, marks
+        return "", self.thinking
+
+    def tool_form(self, wanted: str) -> tuple[str, bool]:
+        """In which form tools are called, and whether the chat template tells the model of them; see `tool_form`."""
+        template = self._template
+        return ("", False) if template is None else tool_form(wanted, template.reads("tools"), template.mentions)
+
+    def _marks(self, name: str) -> tuple[int, int] | None:
+        begin, end = self.added_id(FORMS[name].begin), self.added_id(FORMS[name].end)
+        return None if begin is None or end is None else (begin, end)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens written out in it count as themselves.

@@ -9,6 +9,7 @@ from pathlib import Path
 from engine.config import DraftConfig, EngineConfig, KVConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from engine.core import EngineCore
 from engine.protocols import StepHandle, Worker
+from engine.reading import Readout
 from engine.runtime.costs import Costs
 from engine.runtime.worker import LocalWorker
 from engine.types import (
@@ -41,6 +42,9 @@ class TestedWorker:
         capacity = replace(self.worker.capacity(), step_costs=self.costs.steps, draft_costs=self.costs.drafts)
         return capacity if self.num_blocks is None else replace(capacity, num_blocks=self.num_blocks)
 
+    def prepare(self, request: Request) -> None:
+        self.worker.prepare(request)
+
     def submit(self, plan: StepPlan) -> StepHandle:
         return self.worker.submit(plan)
 
@@ -59,6 +63,7 @@ class Outcome:
     finish: FinishReason | None = None
     cached_tokens: int = 0
     preemptions: int = 0
+    reading: Readout | None = None
 
 
 def load_worker(
@@ -121,6 +126,7 @@ class Ladder:
                 outcome.finish = update.finish
                 outcome.cached_tokens = update.cached_tokens
                 outcome.preemptions = update.preemptions
+                outcome.reading = update.reading or outcome.reading
             step += 1
             on_step(step)
         self.core.settle()

@@ -20,7 +20,8 @@ import torch
 from engine.config import DraftConfig
 from engine.models.dflash.spec import DraftLayer
 from engine.protocols import Worker
-from engine.types import Request, SpeculationParams
+from engine.reading import Reading
+from engine.types import Request, SamplingParams, SpeculationParams
 from tests.contract import neural
 from tests.contract.ladder import Ladder, Outcome, assert_same, load_worker, request
 from tests.contract.neural import Said
@@ -191,6 +192,20 @@ def test_over_a_prefix_that_nobody_was_drafted_for(scene: Scene) -> None:
     # With one token left to feed a draft comes a step sooner than behind a whole prompt.
     assert {place[0] for place in warm.keys() ^ cold.keys()} <= {"one more"}
     assert ladder.stats.prefix_hits > 200
+
+
+def test_over_a_prefix_that_a_reading_has_left(scene: Scene) -> None:
+    """A reading drafts nothing, and leaves the draft's context behind like any other request."""
+    ladder = Ladder(scene.worker, chunk=32)
+    nothing = SamplingParams(max_tokens=0, temperature=0.0)
+    prompts = dict.fromkeys(one.prompt_ids for one in scene.requests)
+    reads = [Request(f"read {i}", ids, nothing, reading=Reading("mean")) for i, ids in enumerate(prompts)]
+    assert all(outcome.reading for outcome in ladder.run(reads).values())
+    assert not said() and ladder.stats.spec_drafted == 0
+    outcomes = ladder.run(scene.requests)
+    assert assert_same(scene.expected, outcomes) == 0
+    assert sum(outcome.cached_tokens for outcome in outcomes.values()) > 150
+    assert_said(scene.cold, said(), least=60)
 
 
 def test_any_bound_gives_the_same_tokens(scene: Scene) -> None:

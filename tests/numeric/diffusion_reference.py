@@ -46,12 +46,17 @@ class Network:
 
 
 def reference_logits(folder: Path, ids: Sequence[int], mode: str, block_length: int = 1) -> np.ndarray:
-    """Logits [T, V] float64 of one pass over `ids` at positions 0 to T - 1.
+    """Logits [T, V] float64; see `reference_states`."""
+    logits: np.ndarray = reference_states(folder, ids, mode, block_length) @ _network(folder).head.T
+    return logits
+
+
+def reference_states(folder: Path, ids: Sequence[int], mode: str, block_length: int = 1) -> np.ndarray:
+    """What the head reads, [T, width] float64, of one pass over `ids` at positions 0 to T - 1.
 
     `mode`: "full" (every position sees all), "block_causal" (blocks of `block_length` from 0) or "causal".
     """
-    file = folder / "model.safetensors"
-    network = _read(folder, file.stat().st_mtime_ns)
+    network = _network(folder)
     states = network.embedding[list(ids)]
     length = len(states)
     if mode == "full":
@@ -65,8 +70,11 @@ def reference_logits(folder: Path, ids: Sequence[int], mode: str, block_length: 
         states = states + _attention(network, layer, _rms(states, layer.norms[0], network.epsilon), seen)
         inner = _rms(states, layer.norms[1], network.epsilon)
         states = states + (_mlp(inner, *layer.mlps[0]) if layer.router is None else _experts(network, layer, inner))
-    logits: np.ndarray = _rms(states, network.norm, network.epsilon) @ network.head.T
-    return logits
+    return _rms(states, network.norm, network.epsilon)
+
+
+def _network(folder: Path) -> Network:
+    return _read(folder, (folder / "model.safetensors").stat().st_mtime_ns)
 
 
 def _mlp(states: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:

@@ -91,6 +91,9 @@ class PipelineWorker:
     def capacity(self) -> Capacity:
         return Capacity(self.num_blocks, PAGE, 128, VOCAB, self.pipeline.traits, diffusion=FULL_SPEC, max_canvas=200)
 
+    def prepare(self, request: Request) -> None:
+        """Nothing that takes time."""
+
     def submit(self, plan: StepPlan) -> Done:
         self.plans.append(plan)
         return Done(self.pipeline.execute(plan))

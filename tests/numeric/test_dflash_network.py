@@ -100,6 +100,9 @@ class DraftedWorker:
     def capacity(self) -> Capacity:
         return self._capacity
 
+    def prepare(self, request: Request) -> None:
+        """Nothing that takes time."""
+
     def submit(self, plan: StepPlan) -> DoneHandle:
         return DoneHandle(self._pipeline.execute(plan))
 

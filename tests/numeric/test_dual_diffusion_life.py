@@ -75,7 +75,13 @@ class NoisyRunner:
         return logits[list(rows)]
 
     def forward_with_states(
-        self, inputs: Sequence[SeqInput], rows: Sequence[int], mode: AttentionMode = AttentionMode.CAUSAL
+        self,
+        inputs: Sequence[SeqInput],
+        rows: Sequence[int],
+        mode: AttentionMode = AttentionMode.CAUSAL,
+        block_length: int = 1,
+        *,
+        read: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         raise AssertionError("nobody asks for states")
 

@@ -201,9 +201,15 @@ class Spies:
                 return super().forward(inputs, rows, mode, block_length)
 
             def forward_with_states(
-                self, inputs: Sequence[SeqInput], rows: Sequence[int], mode: AttentionMode = AttentionMode.CAUSAL
+                self,
+                inputs: Sequence[SeqInput],
+                rows: Sequence[int],
+                mode: AttentionMode = AttentionMode.CAUSAL,
+                block_length: int = 1,
+                *,
+                read: Sequence[int] | None = None,
             ) -> tuple[Tensor, Tensor]:
-                found = super().forward_with_states(inputs, rows, mode)
+                found = super().forward_with_states(inputs, rows, mode, block_length, read=read)
                 spies.states[-1] = True
                 return found
 

@@ -94,3 +94,16 @@ def test_a_row_reports_the_same_bits_alone_and_in_a_batch() -> None:
     tokens = torch.arange(9) * 1000
     together = top_logprobs(logits, tokens, [3] * 9)
     assert together == [top_logprobs(logits[i : i + 1], tokens[i : i + 1], [3])[0] for i in range(9)]
+
+
+def test_named_alternatives_are_told_in_their_order_beside_ranked_ones() -> None:
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(3))
+    logits[1, 7] = float("-inf")
+    tokens = torch.tensor([5, 6, 7])
+    named, ranked, none = top_logprobs(logits, tokens, [(9, 5, 0), 2, (7,)])
+    laws = logits.log_softmax(1)
+    assert [token for token, _ in named.top] == [9, 5, 0]
+    assert [value for _, value in named.top] == laws[0, [9, 5, 0]].tolist()
+    assert (named.token_id, named.logprob) == (5, named.top[1][1])
+    assert ranked == top_logprobs(logits[1:2], tokens[1:2], [2])[0]
+    assert none.top == ((7, none.logprob),)

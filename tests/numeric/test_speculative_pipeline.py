@@ -62,7 +62,13 @@ class ScriptedRunner:
         return torch.stack([self._row(*cells[row]) for row in rows]) if len(rows) else torch.empty(0, VOCAB)
 
     def forward_with_states(
-        self, inputs: Sequence[SeqInput], rows: Sequence[int], mode: AttentionMode = AttentionMode.CAUSAL
+        self,
+        inputs: Sequence[SeqInput],
+        rows: Sequence[int],
+        mode: AttentionMode = AttentionMode.CAUSAL,
+        block_length: int = 1,
+        *,
+        read: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self.forward(inputs, rows, mode)
         return logits, logits
@@ -119,6 +125,9 @@ class PipelineWorker:
 
     def capacity(self) -> Capacity:
         return Capacity(64, 4, 128, VOCAB, self.pipeline.traits)
+
+    def prepare(self, request: Request) -> None:
+        """Nothing that takes time."""
 
     def submit(self, plan: StepPlan) -> Done:
         return Done(self.pipeline.execute(plan))

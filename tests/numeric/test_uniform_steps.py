@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 
 from engine.config import DraftConfig
 from engine.pipelines.uniform import UniformPipeline
 from engine.protocols import DraftProposal, StepHandle, TargetRows
+from engine.reading import Probe, Reading
 from engine.runtime.cuda_graphs import buckets
 from engine.runtime.device_draw import RowDraws, draw
 from engine.runtime.outbox import Flight, Outbox
@@ -297,3 +299,25 @@ def test_a_third_flight_does_not_lose_the_first() -> None:
         outbox.ready()
         flights.append(outbox.send(source.fill_(turn), 1 + turn % 2))
     assert [flight.rows() for flight in flights] == [[[turn] * 3] * (1 + turn % 2) for turn in range(5)]
+
+
+def test_what_is_read_is_not_drawn(loaded: Loaded) -> None:
+    """A prompt whose last token is fed alone looks like a decoding step, but nothing may follow it."""
+    prompt, nothing = tuple(range(49)), SamplingParams(max_tokens=0, temperature=0.0)
+    reading = Reading("last", probes=(Probe(49, (1, 2, 3)),))
+    reads = [Request(f"read {i}", prompt[i:], nothing, reading=Reading("last")) for i in range(2)]
+    reads.append(Request("law", prompt, nothing, reading=reading))
+    writers = [request(f"text {i}", prompt[:9], 12, temperature=0.0) for i in range(2)]
+    expected = Ladder(loaded.plain).run([*reads, *writers])
+    got = Ladder(loaded.ahead, chunk=50, lag=1).run([*writers, *reads])
+    alone = Ladder(loaded.ahead, chunk=48).run([reads[2]])  # two steps, the second of the last token alone
+    for name in ("read 0", "read 1", "law"):
+        for have in (got[name], *([alone[name]] if name in alone else [])):
+            want = expected[name].reading
+            assert want is not None and have.reading is not None and not have.tokens
+            first, second = (np.frombuffer(one.vector, "<f4") for one in (want, have.reading))
+            np.testing.assert_allclose(first, second, atol=1e-5)
+            for law, other in zip(want.laws, have.reading.laws, strict=True):
+                np.testing.assert_allclose(law.logprobs, other.logprobs, atol=1e-4)
+    for one in writers:
+        assert got[one.id].tokens == expected[one.id].tokens

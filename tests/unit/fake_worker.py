@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.config import EngineConfig
-from engine.errors import ModelLoadError
+from engine.errors import InvalidRequest, ModelLoadError
 from engine.types import (
     Admission,
     Capacity,
     DecodeTraits,
     Phase,
+    Request,
     ScheduledSeq,
     SeqResult,
     StepOutput,
@@ -136,6 +137,7 @@ class Gate:
 
 class FakeWorker:
     def __init__(self, _config: EngineConfig, folder: Path, on_phase: Callable[[Phase], None]) -> None:
+        self.folder = folder
         self.script = Script(**json.loads((folder / "fake.json").read_text()))
         if self.script.refuse:
             raise ModelLoadError("scripted refusal")
@@ -150,6 +152,21 @@ class FakeWorker:
         verifiers = VERIFIERS if script.drafts else ()
         size = script.num_blocks, script.block_size, script.max_model_len, VOCAB_SIZE
         return Capacity(*size, traits, verifiers=verifiers)
+
+    def prepare(self, request: Request) -> None:
+        """A grammar's text says what becomes of it: "refused", "broken", or the name of a gate to wait for."""
+        grammar = request.sampling.grammar
+        if grammar is None:
+            return
+        if grammar.text == "refused":
+            raise InvalidRequest("scripted refusal of a grammar")
+        if grammar.text == "broken":
+            raise RuntimeError("scripted failure of a compiler")
+        gate = self.folder / grammar.text
+        if gate.exists():
+            end = os.open(gate, os.O_RDONLY)
+            os.read(end, 1)
+            os.close(end)
 
     def submit(self, plan: StepPlan) -> Done:
         for request_id in plan.dropped:

@@ -74,6 +74,21 @@ def test_an_unpublished_block_is_not_found_whether_used_or_idle() -> None:
     assert pool.num_cached == 0
 
 
+def test_all_blocks_are_unpublished_at_once() -> None:
+    pool = BlockPool(4)
+    cached(pool, b"a", b"b", b"c")
+    used = pool.lookup(b"b")
+    assert used is not None
+    pool.share(used)
+    assert pool.unpublish_all() == 3
+    assert [pool.lookup(name) for name in (b"a", b"b", b"c")] == [None] * 3
+    assert (pool.num_used, pool.num_free, pool.num_cached) == (1, 3, 0)
+    pool.check({used: 1})
+    assert pool.unpublish_all() == 0
+    pool.release(used)
+    pool.check({})
+
+
 def test_guards() -> None:
     pool = BlockPool(1)
     block = pool.take()

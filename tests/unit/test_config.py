@@ -90,6 +90,7 @@ def test_overrides_work_without_a_file() -> None:
         ("models: demo", "models: expected a list, got str 'demo'"),
         ("models: [{path: 3}]", "models.0.path: expected str, got int 3"),
         ("models: [{path: a}, {path: b, quantt: none}]", "models.1.quantt: unknown key"),
+        ("models: [{reasoning_parser: r2}]", "models.reasoning_parser: 'r2' is not one of auto, none, think, "),
         ("models: [{quant: int3}]", "models.quant: 'int3' is not one of auto, none, fp16, int8, int4, fp8"),
         ("models: [{dtype: half}]", "models.dtype: 'half' is not one of auto, float32, bfloat16, float16"),
         ("models: [{device: gpu}]", "models.device: 'gpu' is not one of auto, cpu, cuda, cuda:N"),

@@ -213,6 +213,9 @@ class DenoisingWorker:
     def capacity(self) -> Capacity:
         return Capacity(32, 4, 128, VOCAB, self.device.traits)
 
+    def prepare(self, request: Request) -> None:
+        """Nothing that takes time."""
+
     def submit(self, plan: StepPlan) -> Done:
         output = self.device.execute(plan)
         self.device.writing.clear()

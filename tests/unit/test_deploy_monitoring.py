@@ -17,9 +17,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from engine.types import ModelInfo
 from engine.verification import VerifierCard
 from server.metrics import Metrics
+from tests.denoisers import FULL_INFO
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/slipstream.json").read_text())
+DASHBOARDS = {
+    file.stem: json.loads(file.read_text()) for file in sorted((DEPLOY / "grafana/dashboards").glob("*.json"))
+}
 RULES = [
     rule
     for group in yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text())["groups"]
@@ -28,14 +31,17 @@ RULES = [
 PROMETHEUS_LABELS = {"job", "instance", "alertname", "alertstate"}  # what Prometheus adds to every series
 INFO = ModelInfo("m", "demo", 8192, 49152, (2,), 16, 700, 1, "fp16", "speculative", max_draft=3)
 INFO = replace(INFO, verifier="strict", verifiers=(VerifierCard("strict", True, "exact"),))
+DENOISED = replace(INFO, max_draft=0, diffusion=FULL_INFO)
 
 
 @functools.cache
 def exposed() -> dict[str, set[str]]:
-    """Sample name -> its label names, of a server with a model that drafts and one HTTP exchange."""
+    """Sample name -> its label names, of a server with models that draft and denoise, a key and an exchange."""
     metrics = Metrics()
     metrics.observer("m", INFO)
+    metrics.observer("d", DENOISED)
     metrics.watch("m", lambda: True)
+    metrics.watch_key("team", lambda: 1)
     metrics.observe_http("/v1/completions", "POST", 200, 0.5, 100, 200)
     for reason in ("max_num_queued_reqs", "max_num_queued_tokens"):
         metrics.observer("m", INFO).on_rejected(reason)
@@ -48,16 +54,21 @@ def exposed() -> dict[str, set[str]]:
 
 def panel_queries() -> Iterator[tuple[str, str, str]]:
     """(title, query, legend) of every panel, and the queries behind variables and annotations."""
-    for panel in DASHBOARD["panels"]:
-        for target in panel.get("targets", ()):
-            yield panel["title"], target["expr"], target["legendFormat"]
-    for annotation in DASHBOARD["annotations"]["list"]:
-        if "expr" in annotation:
-            yield annotation["name"], annotation["expr"], annotation["textFormat"]
+    for dashboard in DASHBOARDS.values():
+        for panel in dashboard["panels"]:
+            for target in panel.get("targets", ()):
+                yield panel["title"], target["expr"], target["legendFormat"]
+        for annotation in dashboard["annotations"]["list"]:
+            if "expr" in annotation:
+                yield annotation["name"], annotation["expr"], annotation["textFormat"]
+        for variable in dashboard["templating"]["list"]:
+            found = re.fullmatch(r"label_values\((\S+), (\w+)\)", variable.get("definition", ""))
+            if found:
+                yield variable["name"], f"count by ({found[2]}) ({found[1]})", f"{{{{{found[2]}}}}}"
 
 
 def parsed(query: str) -> promql_parser.Expr:
-    return promql_parser.parse(query.replace("$__rate_interval", "1m"))
+    return promql_parser.parse(query.replace("$__rate_interval", "1m").replace("$__range", "15m"))
 
 
 def nodes(tree: object) -> Iterator[object]:
@@ -129,8 +140,10 @@ def test_values_that_queries_pick_exist() -> None:
     assert 'status="5xx"' in page and 'finished_reason="error"' in page
 
 
-def test_the_dashboard_is_whole() -> None:
-    panels = DASHBOARD["panels"]
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_a_dashboard_is_whole(name: str) -> None:
+    dashboard = DASHBOARDS[name]
+    panels = dashboard["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     taken: set[tuple[int, int]] = set()
     for panel in panels:
@@ -143,12 +156,32 @@ def test_the_dashboard_is_whole() -> None:
         if panel["type"] != "row":
             assert panel["title"] and panel["description"], panel["id"]
             assert {target["datasource"]["uid"] for target in panel["targets"]} == {"${datasource}"}
-    assert [variable["name"] for variable in DASHBOARD["templating"]["list"]] == [
+            assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
+    assert [variable["name"] for variable in dashboard["templating"]["list"]] == [
         "datasource",
         "model_name",
         "instance",
     ]
-    assert DASHBOARD["uid"] == "slipstream" and DASHBOARD["id"] is None
+    assert dashboard["id"] is None and "slipstream" in dashboard["tags"]
+
+
+def test_dashboards_are_found_and_lead_to_each_other() -> None:
+    assert {name: dashboard["uid"] for name, dashboard in DASHBOARDS.items()} == {
+        "slipstream": "slipstream",
+        "decoding": "slipstream-decoding",
+    }
+    for dashboard in DASHBOARDS.values():
+        (link,) = dashboard["links"]
+        assert link["type"] == "dashboards" and link["tags"] == ["slipstream"] and link["includeVars"]
+
+
+def test_every_series_of_our_own_is_on_some_panel() -> None:
+    queries = " ".join(query for _, query, _ in panel_queries())
+    own = {
+        re.sub(r"_(bucket|sum|count|created|total)$", "", name) for name in exposed() if name.startswith("slipstream:")
+    }
+    # What a verifier's rounds bring is told by its tokens.
+    assert {name for name in own if name not in queries} <= {"slipstream:spec_decode_rounds"}
 
 
 def test_grafana_finds_its_files() -> None:

@@ -85,7 +85,10 @@ class Case:
         return scheduler.stats()
 
     def _feed(self, driver: Driver, rng: random.Random, arriving: list[Request], faults: bool) -> None:
-        """Requests arrive over the first steps, some are aborted in whatever state they are, some steps fail."""
+        """Requests arrive over the first steps, some are aborted in whatever state they are, some steps fail.
+
+        Now and then the prefix cache is forgotten.
+        """
         known = [request.id for request in arriving]
         while arriving or rng.random() < 0.9:
             for _ in range(rng.randint(0, 3)):
@@ -93,6 +96,9 @@ class Case:
                     driver.scheduler.add(arriving.pop(0))
             if rng.random() < 0.06:
                 driver.scheduler.abort(rng.choice(known))
+            if rng.random() < 0.04:
+                driver.scheduler.reset_prefix_cache()
+                driver.scheduler.check_integrity()
             if faults and rng.random() < 0.05:
                 driver.fails.add(rng.choice(known))
             driver.failing_step |= faults and rng.random() < 0.02

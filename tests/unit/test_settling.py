@@ -266,7 +266,7 @@ def test_a_front_process_knows_what_requests_may_choose() -> None:
     verifier = VerifierConfig("ensemble", {"target_weight": 0.9}, head="heads/one/", max_bias=0.5)
     draft = DraftConfig("dflash", "drafts/d", sample=True)
     config = EngineConfig(ModelConfig("m", pipeline="speculative", draft=draft, verifier=verifier))
-    info = model_info(config, capacity, (99,), 0, (7, 8))
+    info = model_info(config, capacity, (99,), 0, lambda _: ("think", (7, 8)))
     assert (info.verifier, info.verifier_knobs, info.max_bias) == ("ensemble", (("target_weight", 0.9),), 0.5)
     assert (info.verifiers, info.verifier_head, info.sample, info.thinking) == (CARDS, "one", True, (7, 8))
     with pytest.raises(ConfigError, match=r"models\.verifier\.name: 'ensemble' is not offered"):

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from engine.errors import InvalidRequest, ModelLoadError
+from engine.tokenizer.chat_template import ChatTemplate
 from engine.tokenizer.tokenizer import Tokenizer as OurTokenizer
 from tests.unit.demo_tokenizer import demo_tokenizer
 from tests.unit.gguf_files import ALPHABET
@@ -117,6 +118,29 @@ def test_thinking_is_between_two_added_tokens(tokens: list[str], named: tuple[st
     backend.add_tokens([AddedToken(token, special=False) for token in tokens])
     thinking = OurTokenizer(backend).thinking
     assert thinking == (None if named is None else tuple(backend.token_to_id(token) for token in named))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "tokens", "template", "expected"),
+    [
+        ("auto", ["<think>", "</think>"], "x", ("think", (2, 3))),
+        ("auto", ["[THINK]", "[/THINK]"], "x", ("mistral", (2, 3))),
+        ("auto", ["<|channel>", "<channel|>"], "x", ("gemma4", (2, 3))),
+        ("auto", [], "{{ '<think>' }}{# </think> #}", ("think", None)),
+        ("auto", ["<think>"], "x", ("", None)),
+        ("auto", ["<think>", "</think>"], None, ("", (2, 3))),  # no chats, so nothing to tell apart
+        ("none", ["<think>", "</think>"], "x", ("", (2, 3))),
+        ("qwen3", ["<think>", "</think>"], "x", ("qwen3", (2, 3))),
+        ("granite", ["<think>", "</think>"], "x", ("granite", None)),
+    ],
+)
+def test_the_form_of_thoughts(
+    wanted: str, tokens: list[str], template: str | None, expected: tuple[str, tuple[int, int] | None]
+) -> None:
+    backend = Tokenizer(models.BPE(vocab={"<": 0, "t": 1}, merges=[]))
+    backend.add_tokens([AddedToken(token, special=True) for token in tokens])
+    chat = None if template is None else ChatTemplate({"default": template}, {})
+    assert OurTokenizer(backend, template=chat).thinking_form(wanted) == expected
 
 
 def test_bytes_of_tokens_join_to_characters() -> None:

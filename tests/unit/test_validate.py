@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from engine.diffusion import DiffusionInfo, DiffusionParams, DiffusionSpec
 from engine.errors import ContextLengthExceeded, InvalidRequest
+from engine.grammar import Grammar
 from engine.types import ModelInfo, Request, SamplingParams, SpeculationParams
 from engine.validate import validate
 
@@ -136,3 +138,16 @@ def test_what_bans_every_token_is_refused() -> None:
         validate(request(allowed_token_ids=(99, 7), stop_token_ids=(7,), min_tokens=1), INFO)
     validate(request(allowed_token_ids=(99,), min_tokens=1, ignore_eos=True), INFO)
     validate(request(allowed_token_ids=(5,), bad_words=((5, 5),)), INFO)
+
+
+def test_what_a_grammar_can_not_go_with_is_refused() -> None:
+    grammar = Grammar("regex", "a+")
+    validate(request(grammar=grammar, min_tokens=3, bad_words=((5,),), stop_token_ids=(4,)), INFO)
+    for param, change in (("ignore_eos", {"ignore_eos": True}), ("allowed_token_ids", {"allowed_token_ids": (1,)})):
+        with pytest.raises(InvalidRequest, match="structured output") as error:
+            validate(request(grammar=grammar, **change), INFO)
+        assert error.value.param == param
+    denoising = DiffusionInfo(DiffusionSpec("full", 98), DiffusionParams(), ())
+    with pytest.raises(InvalidRequest, match="denoise") as error:
+        validate(request(grammar=grammar), replace(INFO, diffusion=denoising))
+    assert error.value.param == "structured_outputs"

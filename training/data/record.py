@@ -15,7 +15,7 @@ from engine.runtime.devices import prepare_torch
 from engine.runtime.kv_cache import block_bytes
 from engine.runtime.loading import load_checked
 from engine.runtime.worker import DoneHandle
-from engine.types import Capacity, StepPlan
+from engine.types import Capacity, Request, StepPlan
 
 
 class TapPool:
@@ -55,6 +55,9 @@ class RecordingWorker:
 
     def capacity(self) -> Capacity:
         return self._capacity
+
+    def prepare(self, request: Request) -> None:
+        """Nothing that takes time."""
 
     def submit(self, plan: StepPlan) -> DoneHandle:
         for request_id in plan.dropped:  # its blocks still hold what it wrote: nothing ran since it ended

@@ -29,7 +29,7 @@ from engine.runtime.drafts import bind_draft, load_draft
 from engine.runtime.kv_cache import block_bytes
 from engine.runtime.loading import load_checked
 from engine.runtime.worker import DoneHandle
-from engine.types import Capacity, StepPlan
+from engine.types import Capacity, Request, StepPlan
 from engine.verifiers.diversed import DiversedVerifier
 from engine.verifiers.strict import StrictVerifier
 from training.verifier.batch import Positions, join
@@ -130,6 +130,9 @@ class RolloutWorker:
 
     def capacity(self) -> Capacity:
         return self._capacity
+
+    def prepare(self, request: Request) -> None:
+        """Nothing that takes time."""
 
     def submit(self, plan: StepPlan) -> DoneHandle:
         return DoneHandle(self._pipeline.execute(plan))
