@@ -14,6 +14,7 @@ from engine.errors import EngineDead, StepFailed
 from engine.types import FinishReason, ModelInfo, SpeculationParams, SpeculationReport, TokenEvent, Usage
 from server.convert import Job
 from server.diffusion import diffusion_fields
+from server.reasoning.manner import ThoughtMeter
 from server.speculation import speculation_fields, verifies_exactly
 
 Fields = dict[str, object]
@@ -35,8 +36,8 @@ class Choices(Protocol):
         """What a stream says of a choice before its first token."""
         ...
 
-    def piece(self, index: int, event: TokenEvent) -> Fields | None:
-        """A choice of one chunk; None when the event has nothing to tell the client."""
+    def pieces(self, index: int, event: TokenEvent) -> Sequence[Fields]:
+        """The choices of an event, each of one chunk; none when it has nothing to tell the client."""
         ...
 
     def whole(self, index: int, event: TokenEvent) -> Fields:
@@ -66,9 +67,14 @@ class Meter:
         self._unfinished = len(job.requests)
         self._speculation: list[SpeculationReport] = []
         self._diffusion: list[DiffusionReport] = []
+        self._thoughts: dict[int, ThoughtMeter] = {}
 
     def note(self, index: int, event: TokenEvent) -> None:
         self._latest[index] = event.usage
+        if self._job.thinking is not None:
+            if index not in self._thoughts:
+                self._thoughts[index] = ThoughtMeter(self._job.thinking)
+            self._thoughts[index].note(event)
         if event.finish is not None:
             self._unfinished -= 1
             if event.speculation is not None:
@@ -95,7 +101,7 @@ class Meter:
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
-            "completion_tokens_details": {"reasoning_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": sum(own.tokens for own in self._thoughts.values())},
         }
 
 
@@ -137,6 +143,8 @@ def join(events: Sequence[TokenEvent]) -> TokenEvent:
         speculation=last.speculation,
         diffusion=last.diffusion,
         origins=None if last.origins is None else "".join(event.origins or "" for event in events),
+        rounds=None if last.rounds is None else _flat(event.rounds or () for event in events),
+        canvas=_flat(event.canvas for event in events),
     )
 
 

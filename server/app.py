@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -13,11 +14,17 @@ from engine.types import Phase
 from server import errors
 from server.auth import KeyRing
 from server.contract import Engine, Metrics
+from server.flights import Flights
+from server.idempotency import Replays
 from server.lifecycle import Lifecycle
+from server.limits import RATE_HEADERS, Accounts
+from server.messages import errors as messages
 from server.middleware import Exchanges
-from server.routes import ROUTERS
+from server.responses.store import ResponseStore
+from server.routes import ADMIN_ROUTERS, ROUTERS
 from server.service import Service, UnknownFields
 from server.settings import Settings
+from server.tracing import Tracer
 from server.version import version
 
 
@@ -28,6 +35,7 @@ def create_app(
     *,
     on_phase: Callable[[Phase], None] = lambda _: None,
     on_ready: Callable[[], None] = lambda: None,
+    tracer: Tracer | None = None,
 ) -> FastAPI:
     """Build the app. Its lifespan starts the engines in the background, and at the end drains and closes them.
 
@@ -50,21 +58,49 @@ def create_app(
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    app.state.service = Service(engines, settings, metrics, lifecycle, KeyRing(settings.keys), UnknownFields())
-    for router in ROUTERS:
+    app.state.service = _service(engines, settings, metrics, lifecycle, tracer)
+    routers = (*ROUTERS, *(ADMIN_ROUTERS if settings.admin_secrets else ()))
+    for router in routers:
         app.include_router(router)
-    errors.install(app)
+    errors.install(app, [*app.routes, *(route for router in routers for route in router.routes)])
+    _surround(app, settings, metrics)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # the way that FastAPI documents
+    return app
+
+
+def _service(
+    engines: Mapping[str, Engine], settings: Settings, metrics: Metrics, lifecycle: Lifecycle, tracer: Tracer | None
+) -> Service:
+    accounts = Accounts(settings)
+    for account in accounts:
+        metrics.watch_key(account.name, partial(len, account.leases))
+    flights = Flights(engines.values(), tracer, counts_tokens=accounts.count_tokens)
+    return Service(
+        engines,
+        settings,
+        metrics,
+        lifecycle,
+        KeyRing(settings.keys),
+        KeyRing(settings.admin_secrets),
+        UnknownFields(),
+        ResponseStore(settings.stored_responses, settings.stored_response_bytes),
+        accounts,
+        flights,
+        Replays(settings.idempotency_seconds),
+    )
+
+
+def _surround(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+    """The middlewares; the last one that is added is the outermost."""
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "retry-after", "retry-after-ms", *RATE_HEADERS],
         )
     app.add_middleware(Exchanges, metrics=metrics, root_path=settings.root_path, log_requests=settings.log_requests)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # the way that FastAPI documents
-    return app
 
 
 def _openapi(app: FastAPI) -> dict[str, object]:
@@ -74,9 +110,10 @@ def _openapi(app: FastAPI) -> dict[str, object]:
         parts = schema.setdefault("components", {}).setdefault("schemas", {})
         parts.pop("HTTPValidationError", None)
         parts.pop("ValidationError", None)
-        parts["Error"] = errors.SCHEMA
-        content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-        for path in schema["paths"].values():
+        parts["Error"], parts["MessagesError"] = errors.SCHEMA, messages.SCHEMA
+        for name, path in schema["paths"].items():
+            shape = "MessagesError" if messages.speaks({"path": name}) else "Error"
+            content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{shape}"}}}
             for operation in path.values():
                 if operation["responses"].pop("422", None):
                     operation["responses"]["4XX"] = {"description": "The request is at fault.", "content": content}

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from server.errors import ApiError
 
 HOW = "Put your key in an Authorization header, as in 'Authorization: Bearer YOUR_KEY'."
+CALLER = "slipstream.caller"  # in the scope of a request that was let in: what `KeyRing.check` has returned
 
 
 class KeyRing:
@@ -22,17 +23,29 @@ class KeyRing:
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = tuple(_digest(key.encode()) for key in keys)
 
-    def check(self, authorization: str | None) -> None:
-        """Raises ApiError 401 unless the header (latin-1 text) holds an accepted key, or no keys are set."""
+    def check(self, authorization: str | None, x_api_key: str | None = None) -> str:
+        """Who asks: a name for the caller's key that does not tell it; empty where no keys are set.
+
+        The headers are latin-1 text; a bearer token counts before the X-Api-Key that Anthropic's clients send.
+        Raises ApiError 401 unless one of them is an accepted key.
+        """
         if not self._digests:
-            return
+            return ""
         scheme, _, presented = (authorization or "").strip().partition(" ")
         if scheme.lower() != "bearer" or not presented.strip():
+            presented = x_api_key or ""
+        if not presented.strip():
             raise _unauthorized(f"You didn't provide an API key. {HOW}")
         digest = _digest(presented.strip().encode("latin-1", "replace"))
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if not any(matches):
             raise _unauthorized("Incorrect API key provided.")
+        return digest.hex()
+
+
+def caller_id(key: str) -> str:
+    """What `KeyRing.check` returns of this key."""
+    return _digest(key.encode()).hex()
 
 
 def _digest(key: bytes) -> bytes:

@@ -10,7 +10,10 @@ from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from server import idempotency
+from server.auth import CALLER
 from server.errors import ApiError
+from server.limits import Limited
 from server.service import service_of
 
 MAX_DEPTH = 64
@@ -76,6 +79,10 @@ class JSONRequest(Request):
     async def json(self) -> object:
         return parse_json(await self.body())
 
+    def seen(self) -> str:
+        """The beginning of a body that was read, for logs."""
+        return ascii(self._body[:200].decode("utf-8", "replace")) if hasattr(self, "_body") else "''"
+
     async def _read(self, limit: int) -> bytes:
         declared = self.headers.get("content-length", "")
         if declared.isdecimal() and (len(declared) > 15 or int(declared) > limit):
@@ -104,6 +111,16 @@ def _check_media_type(request: Request) -> None:
         raise ApiError(415, "Compressed request bodies are not supported.", code="unsupported_media_type")
 
 
+def _admit(request: Request) -> None:
+    """Count a request with a body against its caller's limits. Raises Limited."""
+    service = service_of(request)
+    try:
+        service.accounts.admit(request.scope)
+    except Limited as error:
+        service.metrics.limited(error.key, error.limit)
+        raise
+
+
 class GuardedRoute(APIRoute):
     """Checks the key, that the server is ready and the media type, in this order, before it reads a body."""
 
@@ -112,13 +129,29 @@ class GuardedRoute(APIRoute):
 
         async def guarded(request: Request) -> Response:
             service = service_of(request)
-            service.keys.check(request.headers.get("authorization"))
+            headers = request.headers
+            request.scope[CALLER] = service.keys.check(headers.get("authorization"), headers.get("x-api-key"))
             service.lifecycle.check_ready()
             if self.body_field is not None:
+                _admit(request)
                 _check_media_type(request)
             try:
-                return await handler(JSONRequest(request.scope, request.receive))
+                return await _once(JSONRequest(request.scope, request.receive), handler)
             except ClientDisconnect:
                 return Response(status_code=499)
 
         return guarded
+
+
+async def _once(request: Request, handler: Callable[[Request], Coroutine[None, None, Response]]) -> Response:
+    """The handler's answer, or the one that it gave to the same Idempotency-Key before."""
+    replays = service_of(request).replays
+    own = await idempotency.sent(request) if replays.on and request.method == "POST" else None
+    if own is None:
+        return await handler(request)
+    answer = replays.find(own)
+    if answer is None:
+        with replays.making(own) as keep:
+            answer = await handler(request)
+            keep(answer)
+    return answer

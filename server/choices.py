@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from engine.types import TokenEvent, TokenLogprob
 from server.answers import Fields, finish_word
 from server.convert import Job
+from server.diffusion import canvas_fields
+from server.fragments import Fragment, Parser, Plain
 from server.logprobs import CompletionLogprobs, Spelling, chat_entry, prompt_entry, prompt_offsets
+from server.parts import deltas, message
 from server.schemas import CompletionBody
 from server.schemas_chat import ChatBody
 from server.speculation import trace_fields
@@ -20,6 +25,7 @@ class CompletionChoices:
         self._job = job
         self._echo = bool(body.echo)
         self._logprobs = body.logprobs
+        self._alternatives = len(job.requests[0].sampling.logprob_token_ids) or body.logprobs or 0
         self._prompt_logprobs = body.prompt_logprobs
         self._return_ids = bool(body.return_token_ids)
         self._spell = Spelling(job.engine.tokenizer, bool(body.return_tokens_as_token_ids))
@@ -33,18 +39,23 @@ class CompletionChoices:
         return {}
 
     def whole(self, index: int, event: TokenEvent) -> Fields:
-        choice = self.piece(index, event)
+        choice = self._piece(index, event)
         assert choice is not None
         if self._prompt_logprobs is not None:
             scores, count = event.prompt_logprobs or (), self._prompt_logprobs
             choice["prompt_logprobs"] = [prompt_entry(entry, self._spell, count) for entry in scores]
         return choice
 
-    def piece(self, index: int, event: TokenEvent) -> Fields | None:
+    def pieces(self, index: int, event: TokenEvent) -> Sequence[Fields]:
+        choice = self._piece(index, event)
+        return () if choice is None else (choice,)
+
+    def _piece(self, index: int, event: TokenEvent) -> Fields | None:
         finish, shown = finish_word(event.finish), not self._job.score_only
         first = index not in self._begun
         wanted = self._return_ids or self._logprobs is not None or event.origins
-        if not (event.text or finish or (first and self._echo) or (wanted and event.token_ids)):
+        told = (wanted and event.token_ids) or event.canvas
+        if not (event.text or finish or (first and self._echo) or told):
             return None
         self._begun.add(index)
         choice: Fields = {
@@ -59,6 +70,8 @@ class CompletionChoices:
             choice["token_ids"] = list(event.token_ids) if shown else []
         if event.origins is not None and shown:
             choice["speculation"] = trace_fields(event, len(self._prompt_text(index)))
+        if event.canvas:
+            choice["diffusion"] = canvas_fields(event, self._spell.tokenizer)
         return choice
 
     def _prompt_text(self, index: int) -> str:
@@ -84,22 +97,32 @@ class CompletionChoices:
                     scores.add(entry, offset, self._spell, self._logprobs)
         if not self._job.score_only:
             for entry, offset in zip(event.logprobs or (), event.offsets, strict=True):
-                scores.add(entry, len(text) + offset, self._spell, self._logprobs)
+                scores.add(entry, len(text) + offset, self._spell, self._alternatives)
         return scores
 
 
 class ChatChoices:
-    """`message` choices, and `delta` choices in streams."""
+    """`message` choices, and `delta` choices in streams: content, reasoning and calls, as the job's manner reads them.
+
+    What a stream says of an event may be several choices: the scores, ids and trace of its tokens stand in the first,
+    whatever text is held back, and the end in the last.
+    """
 
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
     def __init__(self, body: ChatBody, job: Job) -> None:
         self._prompt_ids = job.prompts[0].ids
-        self._top = (body.top_logprobs or 0) if body.logprobs else None
+        named = len(job.requests[0].sampling.logprob_token_ids)
+        self._top = (named or body.top_logprobs or 0) if body.logprobs else None
         self._prompt_logprobs = body.prompt_logprobs
         self._return_ids = bool(body.return_token_ids)
         self._spell = Spelling(job.engine.tokenizer, bool(body.return_tokens_as_token_ids))
+        self._manner = job.manner
+        self._plain = isinstance(job.manner, Plain)
+        self._parsers: dict[int, Parser] = {}
+        self._calling: set[int] = set()  # the choices that have called a tool
+        self._called = job.called
 
     def opening(self, index: int) -> Fields | None:
         delta = {"role": "assistant", "content": ""}
@@ -115,34 +138,60 @@ class ChatChoices:
     def whole(self, index: int, event: TokenEvent) -> Fields:
         choice: Fields = {
             "index": index,
-            "message": {"role": "assistant", "content": event.text, "refusal": None},
+            "message": message(self._read(index, event)),
             "logprobs": self._scores(event.logprobs or ()),
-            "finish_reason": finish_word(event.finish),
+            "finish_reason": self._finish(index, event),
             "stop_reason": event.stop_reason,
         }
-        if self._return_ids:
-            choice["token_ids"] = list(event.token_ids)
-        if event.origins is not None:
-            choice["speculation"] = trace_fields(event)
-        return choice
+        return choice | self._of_tokens(event)
 
-    def piece(self, index: int, event: TokenEvent) -> Fields | None:
+    def pieces(self, index: int, event: TokenEvent) -> Sequence[Fields]:
         finish, wanted = finish_word(event.finish), self._return_ids or self._top is not None or event.origins
-        if not (event.text or finish or (wanted and event.token_ids)):
-            return None
-        choice: Fields = {
-            "index": index,
-            "delta": {"content": event.text} if event.text or not finish else {},
-            "logprobs": self._scores(event.logprobs or ()) if event.token_ids else None,
-            "finish_reason": finish,
-        }
+        if self._plain and finish is None and event.text and not (wanted or event.canvas):  # nearly all there are
+            return ({"index": index, "delta": {"content": event.text}, "logprobs": None, "finish_reason": None},)
+        found = deltas(self._read(index, event)) if event.text or finish else []
+        if not found:
+            if not (finish or (wanted and event.token_ids) or event.canvas):
+                return ()
+            found = [{} if finish else {"content": ""}]
+        first: Fields = {"index": index, "delta": found[0], "logprobs": None, "finish_reason": None}
+        choices = [first]
+        for delta in found[1:]:
+            choices.append({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
+        if self._top is not None and event.token_ids:
+            first["logprobs"] = self._scores(event.logprobs or ())
         if finish is not None:
-            choice["stop_reason"] = event.stop_reason
+            choices[-1]["finish_reason"] = self._finish(index, event)
+            choices[-1]["stop_reason"] = event.stop_reason
+        if wanted or event.canvas:
+            first |= self._of_tokens(event)
+        return choices
+
+    def _read(self, index: int, event: TokenEvent) -> list[Fragment]:
+        parser = self._parsers.get(index)
+        if parser is None:
+            parser = self._parsers[index] = self._manner.parser()
+        found = list(parser.feed(event.text))
+        if event.finish is not None:
+            found += parser.end()
+        if any(fragment.kind == "call" for fragment in found):
+            self._calling.add(index)
+        return found
+
+    def _finish(self, index: int, event: TokenEvent) -> str | None:
+        """A choice that called a tool and was not cut says so."""
+        finish = finish_word(event.finish)
+        return self._called if finish == "stop" and index in self._calling else finish
+
+    def _of_tokens(self, event: TokenEvent) -> Fields:
+        fields: Fields = {}
         if self._return_ids:
-            choice["token_ids"] = list(event.token_ids)
+            fields["token_ids"] = list(event.token_ids)
         if event.origins is not None:
-            choice["speculation"] = trace_fields(event)
-        return choice
+            fields["speculation"] = trace_fields(event)
+        if event.canvas:
+            fields["diffusion"] = canvas_fields(event, self._spell.tokenizer)
+        return fields
 
     def _scores(self, entries: tuple[TokenLogprob, ...]) -> Fields | None:
         if self._top is None:

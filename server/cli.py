@@ -16,6 +16,8 @@ COMMANDS = {
     "serve": ("server.launch:serve", "start the server: slipstream serve [MODEL] [--config FILE]"),
     "chat": ("server.client:chat", "talk to a running server"),
     "complete": ("server.client:complete", 'print how a running server continues a text: slipstream complete "text"'),
+    "run-batch": ("server.batch.command:main", "answer a file of requests: slipstream run-batch IN.jsonl OUT.jsonl"),
+    "top": ("server.top.command:main", "watch a running server in the terminal"),
     "print-config": ("server.launch:print_config", "print the configuration that `serve` would use"),
     "bench serve": ("benchmarks.serve:main", "load any OpenAI-compatible server and measure what its users would see"),
     "bench step": ("benchmarks.step:main", "time the engine's steps, without HTTP, beside what the machine allows"),

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import httpx
 import msgspec
 
+from server.connect import UNIX, open_client
 from server.draft_view import DraftView, Report, Trace, legend
 from server.pass_view import Passes, describe
 from server.settings import load_settings, wants_colours
@@ -73,9 +74,8 @@ class Client:
     """One server, one model. Raises ClientError for everything that can go wrong on the way."""
 
     def __init__(self, url: str, api_key: str | None, model: str | None, options: Mapping[str, object]) -> None:
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        timeout = httpx.Timeout(10, read=None)  # a long queue is no error
-        self._http = httpx.Client(base_url=_base(url), headers=headers, timeout=timeout)
+        self._http = open_client(url, api_key, "/v1", httpx.Timeout(10, read=None))  # a long queue is no error
+        self._url = url if url.startswith(UNIX) else self._http.base_url
         self._options = options
         self.model = model or ""
 
@@ -88,7 +88,7 @@ class Client:
             _raise_for_error(response)
             models = msgspec.json.decode(response.content, type=_ModelList).data
         if not models:
-            raise ClientError(f"the server at {self._http.base_url} serves no model")
+            raise ClientError(f"the server at {self._url} serves no model")
         self.model = models[0].id
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> Generator[Piece, None, None]:
@@ -130,17 +130,11 @@ class Client:
             yield
         except httpx.ConnectError as error:
             hint = "start one with `slipstream serve`"
-            raise ClientError(f"no server answers at {self._http.base_url}; {hint}") from error
+            raise ClientError(f"no server answers at {self._url}; {hint}") from error
         except httpx.HTTPError as error:
-            raise ClientError(f"the connection to {self._http.base_url} failed: {error}") from error
+            raise ClientError(f"the connection to {self._url} failed: {error}") from error
         except msgspec.DecodeError as error:
-            raise ClientError(f"{self._http.base_url} answers, but not like an OpenAI API: {error}") from error
-
-
-def _base(url: str) -> str:
-    """`url` with the API's path, whether the user wrote it or not."""
-    url = url.rstrip("/")
-    return f"{url if '://' in url else f'http://{url}'}{'' if url.endswith('/v1') else '/v1'}/"
+            raise ClientError(f"{self._url} answers, but not like an OpenAI API: {error}") from error
 
 
 def _raise_for_error(response: httpx.Response) -> None:
@@ -242,7 +236,8 @@ def _print_pieces(pieces: Generator[Piece, None, None], shown: Shown) -> str:
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"slipstream {command}", description=description)
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the server is (default: %(default)s)")
+    where = "where the server is; unix:PATH is a socket (default: %(default)s)"
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help=where)
     parser.add_argument("--model", metavar="ID", help="which model to ask (default: the first one it serves)")
     parser.add_argument("--api-key", metavar="KEY", help="the key, where one is wanted (default: $SLIPSTREAM_API_KEY)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="at most this many tokens (default: the server's)")

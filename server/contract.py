@@ -6,14 +6,21 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
+from engine.grammar import Grammar
 from engine.protocols import EngineObserver
-from engine.types import Health, ModelInfo, Phase, Request, TokenEvent
+from engine.types import EngineStats, Health, ModelInfo, Phase, Request, TokenEvent
 
 
 class Tokenizer(Protocol):
     """Text to ids and back. Called from several threads at once."""
+
+    @property
+    def info(self) -> Mapping[str, object]:
+        """As tokenizer_config.json has it, with the chat template."""
+        ...
 
     @property
     def has_chat_template(self) -> bool: ...
@@ -28,12 +35,21 @@ class Tokenizer(Protocol):
 
     def is_special(self, token_id: int) -> bool: ...
 
+    def added_id(self, text: str) -> int | None:
+        """The token that stands for this text and no other, if there is one."""
+        ...
+
+    def template_mentions(self, text: str) -> bool:
+        """Does the source of the chat template hold this text?"""
+        ...
+
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, object]],
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template: Mapping[str, object] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
     ) -> list[int]:
         """Apply the chat template. Raises InvalidRequest for messages that the template refuses."""
         ...
@@ -71,13 +87,46 @@ class Engine(Protocol):
         """
         ...
 
+    async def check_grammar(self, grammar: Grammar, param: str = "grammar") -> None:
+        """Raises InvalidRequest that names `param` where no answer can follow it, and Overloaded."""
+        ...
+
     def add_observer(self, observer: EngineObserver) -> None: ...
+
+    @property
+    def stats(self) -> EngineStats:
+        """As its last step has left them."""
+        ...
+
+    def cancel(self, wanted: Callable[[str], bool]) -> Sequence[str]:
+        """End the requests whose ids are wanted: their streams raise Cancelled. Returns these ids."""
+        ...
+
+    def operator(self) -> Operator:
+        """Raises EngineDead."""
+        ...
 
     async def drain(self, timeout: float) -> object:
         """Refuse new requests, wait at most `timeout` seconds for those in flight, then end the rest."""
         ...
 
     async def close(self) -> None: ...
+
+
+class Operator(Protocol):
+    """What an operator asks of an engine. All of it raises ControlRefused and EngineDead."""
+
+    async def reset_prefix_cache(self) -> int:
+        """Returns how many blocks could be found until now."""
+        ...
+
+    async def start_profile(self, folder: Path, seconds: float, steps: int) -> None:
+        """Record steps into a new folder until `stop_profile`, or one of the bounds is reached."""
+        ...
+
+    async def stop_profile(self) -> int:
+        """Returns how many steps were recorded."""
+        ...
 
 
 class Metrics(Protocol):
@@ -90,6 +139,14 @@ class Metrics(Protocol):
     def observe_http(
         self, handler: str, method: str, status: int, seconds: float, request_bytes: int, response_bytes: int
     ) -> None: ...
+
+    def watch_key(self, key: str, running: Callable[[], int]) -> None:
+        """Expose an API key's series under its name."""
+        ...
+
+    def limited(self, key: str, limit: str) -> None:
+        """A request was refused with 429; `limit` is one of `limits.LIMITS`."""
+        ...
 
     def render(self) -> tuple[bytes, str]:
         """The body and content type of `GET /metrics`."""

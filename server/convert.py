@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from engine.types import Request, SamplingParams
 from server import unsupported
-from server.contract import Engine, Tokenizer
+from server.contract import Engine
 from server.diffusion import answer_length, check_echo, diffusion_params
+from server.echo import EchoManner
 from server.errors import ApiError, invalid
-from server.prompts import Prompt, check_limit, encode_messages, encode_prompts
+from server.fragments import Manner, Plain
+from server.prompts import Prompt, check_limit, cut, encode_messages, encode_prompts
+from server.reasoning.manner import Thinking, ThinkingManner
+from server.reasoning.settle import budget_of, manner_of, settle_chat, text_budget
+from server.sampling import check_stops, sampling_params
 from server.schemas import CompletionBody, GenerationBody, default
 from server.schemas_chat import ChatBody
 from server.service import Service
 from server.speculation import speculation_params
+from server.structured import constrained
+from server.tools.plan import tool_plan, wanted_tools
 
 COMPLETION_MAX_TOKENS = 16
 
@@ -33,6 +39,9 @@ class Job:
     n: int
     requests: tuple[Request, ...]
     score_only: bool = False  # the prompt is scored; what is generated is not shown
+    manner: Manner = field(default_factory=Plain)  # how the texts of the choices are read
+    thinking: Thinking | None = None  # where thoughts are told apart
+    called: str = "tool_calls"  # the finish_reason of a choice that called a tool and ended by itself
 
     def prompt_of(self, index: int) -> Prompt:
         return self.prompts[index // self.n]
@@ -56,12 +65,21 @@ async def completion_job(body: CompletionBody, service: Service) -> Job:
     # The engine generates at least one token. For scoring alone it is made and not shown.
     asked = default(body.max_tokens, answer_length(body, engine.info, COMPLETION_MAX_TOKENS))
     max_tokens = 1 if score_only else asked
+    prompts = tuple(cut(prompt, body, engine.info, max_tokens) for prompt in prompts)
     prompt_logprobs = body.prompt_logprobs
     if body.echo and body.logprobs is not None:
         check_echo(engine.info)
+        if body.logprob_token_ids:
+            raise invalid("logprob_token_ids", "is not available with 'echo': true")
         prompt_logprobs = max(body.logprobs, prompt_logprobs or 0)
-    sampling = _sampling(body, engine.tokenizer, max_tokens, body.logprobs, prompt_logprobs)
-    return _job("cmpl", body, engine, prompts, sampling, score_only)
+    sampling = sampling_params(body, engine.tokenizer, max_tokens, body.logprobs, prompt_logprobs)
+    sampling = await constrained(sampling, body, engine)
+    job = _job("cmpl", body, engine, prompts, sampling, score_only)
+    if budget_of(body, engine.info) is None:
+        return job
+    budgets = [text_budget(body, engine.info, request.prompt_ids) for request in job.requests]
+    pairs = zip(job.requests, budgets, strict=True)
+    return replace(job, requests=tuple(replace(one, sampling=replace(sampling, thinking=own)) for one, own in pairs))
 
 
 async def chat_job(body: ChatBody, service: Service) -> Job:
@@ -80,13 +98,23 @@ async def chat_job(body: ChatBody, service: Service) -> Job:
         raise ApiError(
             400, "This model has no chat template; use /v1/completions.", param="messages", code="no_chat_template"
         )
-    ids = await encode_messages(engine, body.messages, body, service, bool(body.add_special_tokens))
+    wanted, special = wanted_tools(body, engine.info), bool(body.add_special_tokens)
+    ids = await encode_messages(engine, body.messages, body, service, special, wanted.tools)
+    prompt = cut(Prompt(tuple(ids)), body, engine.info, default(asked, 1))
+    ids = [*prompt.ids]
     info, rest = engine.info, max(1, engine.info.max_model_len - len(ids))
     room = rest if info.diffusion is None else min(rest, info.diffusion.defaults.canvas)
     max_tokens = default(asked, answer_length(body, info, room))
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    sampling = _sampling(body, engine.tokenizer, max_tokens, logprobs, body.prompt_logprobs)
-    return _job("chatcmpl", body, engine, (Prompt(tuple(ids)),), sampling)
+    sampling = sampling_params(body, engine.tokenizer, max_tokens, logprobs, body.prompt_logprobs)
+    sampling = await constrained(sampling, body, engine)
+    plan = await tool_plan(wanted, sampling.grammar, engine)
+    prefilled = (body.messages[-1].content or "") if body.continue_final_message else ""
+    sampling = replace(sampling, grammar=plan.grammar, shown_token_ids=plan.shown)
+    sampling, thinking = settle_chat(body, info, engine.tokenizer, ids, sampling, prefilled)
+    job = _job("chatcmpl", body, engine, (prompt,), sampling)
+    manner = _told(body, prefilled, manner_of(body, thinking, plan.manner))
+    return replace(job, manner=manner, thinking=thinking, called=plan.called)
 
 
 def _check_common(body: GenerationBody, service: Service) -> int:
@@ -97,63 +125,22 @@ def _check_common(body: GenerationBody, service: Service) -> int:
     unsupported.check(body, n, service.unknown_fields)
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options", "needs 'stream': true")
-    if body.stop is not None and len(body.stop) > settings.max_stop:
-        message = f"Invalid value for 'stop': at most {settings.max_stop} stop strings are allowed."
-        raise ApiError(400, message, param="stop", code="array_above_max_length")
+    check_stops(body, settings.max_stop)
     check_limit("prompt_logprobs", body.prompt_logprobs, settings.max_logprobs)
     if body.prompt_logprobs is not None and body.stream:
         raise invalid("prompt_logprobs", "is not available with 'stream': true")
     return n
 
 
-def _sampling(
-    body: GenerationBody, tokenizer: Tokenizer, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
-) -> SamplingParams:
-    min_tokens = body.min_tokens or 0
-    if min_tokens > max_tokens:
-        raise invalid("min_tokens", f"must be at most max_tokens, which is {max_tokens}")
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=default(body.temperature, 1.0),
-        top_p=default(body.top_p, 1.0),
-        top_k=max(0, body.top_k or 0),
-        min_p=body.min_p or 0.0,
-        presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        repetition_penalty=default(body.repetition_penalty, 1.0),
-        seed=default(body.seed, secrets.randbits(63)),
-        min_tokens=min_tokens,
-        ignore_eos=bool(body.ignore_eos),
-        stop=tuple(body.stop or ()),
-        stop_token_ids=tuple(body.stop_token_ids or ()),
-        include_stop_str_in_output=bool(body.include_stop_str_in_output),
-        skip_special_tokens=default(body.skip_special_tokens, True),
-        logit_bias=_logit_bias(body.logit_bias or {}),
-        allowed_token_ids=None if body.allowed_token_ids is None else tuple(dict.fromkeys(body.allowed_token_ids)),
-        bad_words=_bad_words(body.bad_words or [], tokenizer),
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-    )
-
-
-def _logit_bias(biases: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
-    pairs: dict[int, float] = {}
-    for key, bias in biases.items():
-        if not (key.isascii() and key.isdecimal() and len(key) <= 10):
-            raise invalid("logit_bias", f"keys must be token ids; got {key[:32]!a}")
-        pairs[int(key)] = float(bias)
-    return tuple(pairs.items())
-
-
-def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Each word as it is written and as it stands after a space, which mostly are other tokens."""
-    found: dict[tuple[int, ...], None] = {}
-    for word in words:
-        for text in (word, " " + word.lstrip()):
-            ids = tuple(tokenizer.encode(text, add_special_tokens=False))
-            if ids:
-                found[ids] = None
-    return tuple(found)
+def _told(body: ChatBody, prefilled: str, manner: Manner) -> Manner:
+    """The manner of a chat whose answer may begin with the message that it continues."""
+    if not body.echo:
+        return manner
+    if not body.continue_final_message:
+        raise invalid("echo", "needs 'continue_final_message': true, and a last message to continue")
+    if isinstance(manner, ThinkingManner):  # it will read the beginning of the span itself
+        manner = replace(manner, thinking=replace(manner.thinking, opened=False))
+    return EchoManner(prefilled, manner)
 
 
 def _job(
@@ -164,7 +151,7 @@ def _job(
     sampling: SamplingParams,
     score_only: bool = False,
 ) -> Job:
-    job_id, n = f"{prefix}-{secrets.token_hex(16)}", default(body.n, 1)
+    job_id, n = f"{prefix}-{body.request_id or secrets.token_hex(16)}", default(body.n, 1)
     speculation = speculation_params(body.speculation, engine.info)
     diffusion = diffusion_params(body.diffusion, engine.info)
     requests = tuple(

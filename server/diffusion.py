@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 from engine.diffusion import DiffusionInfo, DiffusionParams, DiffusionReport, RuleCard
-from engine.types import ModelInfo
-from server.errors import ApiError, shorten
+from engine.types import ModelInfo, TokenEvent
+from server.contract import Tokenizer
+from server.errors import ApiError, refused, shorten
 from server.schemas import GenerationBody, default
 from server.schemas_diffusion import RULE_KNOBS, Diffusion
 
@@ -30,9 +31,7 @@ def diffusion_params(asked: Diffusion | None, info: ModelInfo) -> DiffusionParam
         where = f"diffusion.{shorten(name, 64)}"
         if name not in declared:
             reason = f"there is no such setting here; known: {', '.join(Diffusion.model_fields)}"
-            raise ApiError(
-                400, f"Unsupported parameter: '{where}': {reason}.", param=where, code="unsupported_parameter"
-            )
+            raise refused(where, reason)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ApiError(400, f"Invalid value for '{where}': must be a number.", param=where, code="invalid_type")
         knobs[name] = value
@@ -47,6 +46,7 @@ def diffusion_params(asked: Diffusion | None, info: ModelInfo) -> DiffusionParam
         verify=asked.verify or "",
         verify_threshold=default(asked.verify_threshold, -1.0),
         report=bool(asked.report),
+        trace=bool(asked.trace),
     )
 
 
@@ -60,9 +60,7 @@ def check_echo(info: ModelInfo) -> None:
     """Raises ApiError 400 for the log-probabilities of a prompt, which only a model of the next token has."""
     if info.diffusion is not None:
         reason = "with 'echo' it asks for log-probabilities of the prompt, which a diffusion model does not have"
-        raise ApiError(
-            400, f"Unsupported parameter: 'logprobs': {reason}.", param="logprobs", code="unsupported_parameter"
-        )
+        raise refused("logprobs", reason)
 
 
 def diffusion_fields(reports: Iterable[DiffusionReport]) -> dict[str, object]:
@@ -87,6 +85,28 @@ def diffusion_fields(reports: Iterable[DiffusionReport]) -> dict[str, object]:
         **sums,
         "tokens_per_forward": round(tokens / passes, DIGITS) if passes else 0.0,
     }
+
+
+def canvas_fields(event: TokenEvent, tokenizer: Tokenizer) -> dict[str, object]:
+    """A choice's `diffusion`, where the request asked for a trace: what each step filled in and took back.
+
+    Special tokens, such as the one that ends an answer, have no text.
+    """
+
+    def spell(token: int) -> str:
+        return "" if tokenizer.is_special(token) else tokenizer.token_text(token)
+
+    steps = [
+        {
+            "step": news.step,
+            "block": news.block,
+            "filled": [(place, token, spell(token)) for place, token in news.filled],
+            "remasked": news.remasked,
+            "end": news.end,
+        }
+        for news in event.canvas
+    ]
+    return {"room": event.canvas[0].room if event.canvas else None, "steps": steps}
 
 
 def diffusion_card(info: ModelInfo) -> dict[str, object] | None:

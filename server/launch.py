@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import logging
@@ -15,33 +16,59 @@ from dataclasses import asdict
 
 import yaml
 
-from engine.config import UNTRAINED_DRAFTERS, Config, load
+from engine.config import Config
 from engine.errors import ConfigError, SlipstreamError
+from server.connect import UNIX
+from server.model_flags import add_model_flags, read_config
 from server.settings import Settings, load_settings
 from server.startup import StartupTable, base_url
+from server.tracing import Tracer
+from server.unix_socket import listening_at
 
 
 def serve(arguments: Sequence[str]) -> int:
     """Start the engines and the server; returns when it was told to stop. Raises SlipstreamError."""
     config, settings = _read("serve", "Serve a model over the OpenAI API.", arguments)
     set_up_logging(settings)
-    sockets = listen(settings.host, settings.port)
-    port = sockets[0].getsockname()[1]
-    # These cost a second of imports, which `--help` and a wrong configuration need not wait for.
-    from engine.async_engine import AsyncEngine
-    from server.app import create_app
-    from server.metrics import Metrics
-    from server.serving import run
+    with contextlib.ExitStack() as stack:
+        if settings.uds is not None:
+            sockets = [stack.enter_context(listening_at(settings.uds, int(settings.uds_mode, 8)))]
+            url = f"{UNIX}{settings.uds.absolute()}"
+        else:
+            sockets = listen(settings.host, settings.port)
+            url = base_url(settings.host, sockets[0].getsockname()[1], settings.secure)
+        # These cost a second of imports, which `--help` and a wrong configuration need not wait for.
+        from engine.async_engine import AsyncEngine
+        from server.app import create_app
+        from server.metrics import Metrics
+        from server.serving import run
 
-    created = int(time.time())
-    engines = {
-        engine.model.name: AsyncEngine(engine, cache_dir=settings.cache_dir, created=created)
-        for engine in config.engines()
-    }
-    table = StartupTable(base_url(settings.host, port), list(engines), needs_key=bool(settings.keys))
-    app = create_app(engines, settings, Metrics(config.kv), on_phase=table.add, on_ready=table.finish)
-    run(app, settings, sockets)
+        created = int(time.time())
+        engines = {
+            engine.model.name: AsyncEngine(engine, cache_dir=settings.cache_dir, created=created)
+            for engine in config.engines()
+        }
+        table = StartupTable(url, list(engines), needs_key=bool(settings.keys))
+        tracer = _tracer(settings, stack)
+        app = create_app(
+            engines, settings, Metrics(config.kv), on_phase=table.add, on_ready=table.finish, tracer=tracer
+        )
+        run(app, settings, sockets)
     return 0
+
+
+def _tracer(settings: Settings, stack: contextlib.ExitStack) -> Tracer | None:
+    """What writes traces, where they are wanted; closed with `stack`. Raises ConfigError."""
+    if settings.otlp_endpoint is None:
+        return None
+    try:
+        from server.otel import connect
+    except ImportError as error:
+        extra = "pip install 'slipstream[otel]'"
+        raise ConfigError(f"server.otlp_endpoint: traces need OpenTelemetry's packages: {extra} ({error})") from error
+    tracer = connect(settings.otlp_endpoint)
+    stack.callback(tracer.close)
+    return tracer
 
 
 def print_config(arguments: Sequence[str]) -> int:
@@ -56,104 +83,44 @@ def print_config(arguments: Sequence[str]) -> int:
 def _read(command: str, description: str, arguments: Sequence[str]) -> tuple[Config, Settings]:
     """Arguments, file and environment as checked configuration. Raises ConfigError; exits by itself for --help."""
     parser = argparse.ArgumentParser(prog=f"slipstream {command}", description=description)
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="a Hugging Face folder, a GGUF file, a hub id, or `demo` (the default); replaces the first in the file",
-    )
-    parser.add_argument("--config", metavar="FILE", help="a YAML file; configs/ has examples")
+    add_model_flags(parser)
     parser.add_argument("--host", metavar="H", help="where to listen (default: 127.0.0.1)")
     parser.add_argument("--port", metavar="P", type=int, help="default: 8000")
-    _add_decoding_flags(parser)
-    parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="change one value of the configuration, as in models.0.quant=none; may be given again",
-    )
+    _add_server_flags(parser)
     parsed = parser.parse_args(arguments)
-    overrides = list(parsed.set)
-    if parsed.model is not None:  # another model, so not the name that the file gives to its own
-        overrides = [f"models.0.path={json.dumps(parsed.model)}", 'models.0.id=""', *overrides]
-    config = load(parsed.config, (*_decoding_overrides(parsed), *overrides))
-    flags = {name: value for name in ("host", "port") if (value := getattr(parsed, name)) is not None}
+    config = read_config(parsed)
+    flags = {name: value for name in _SERVER_FLAGS if (value := getattr(parsed, name)) is not None}
+    if "uds" in flags and flags.keys() & {"host", "port"}:
+        raise ConfigError("--uds takes the place of --host and --port: give one or the other")
     return config, load_settings(config.server, **flags)
 
 
-def _add_decoding_flags(parser: argparse.ArgumentParser) -> None:
-    """Shortcuts for keys of the first model; `_decoding_overrides` knows which."""
+_SERVER_FLAGS = (
+    *("host", "port", "uds", "tls_cert", "tls_key", "tls_client_ca"),
+    *("root_path", "cors_origins", "keep_alive_seconds", "otlp_endpoint"),
+)
+
+
+def _add_server_flags(parser: argparse.ArgumentParser) -> None:
+    """Shortcuts for keys of the section `server`, of the same names."""
+    parser.add_argument("--uds", metavar="PATH", help="listen on a unix socket in place of host and port")
+    parser.add_argument("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate chain (PEM)")
+    parser.add_argument("--tls-key", metavar="FILE", help="its private key (PEM); both are read anew when they change")
+    parser.add_argument("--tls-client-ca", metavar="FILE", help="ask clients for a certificate of this authority")
+    parser.add_argument("--root-path", metavar="PREFIX", help="path prefix that a proxy in front adds")
     parser.add_argument(
-        "--quant",
-        metavar="FORMAT",
-        help="of weights: none (exact), fp16 (the default on a CPU), int8 or int4; fp8 on a GPU",
+        "--cors-origins", metavar="LIST", help="origins whose pages may call the server, separated by commas; * is all"
     )
     parser.add_argument(
-        "--draft", metavar="DRAFT", help="draft with `ngram`, or with a draft checkpoint: its folder or hub id"
-    )
-    parser.add_argument("--max-draft", metavar="N", type=int, help="most tokens of one draft")
-    parser.add_argument("--draft-tree", metavar="N", type=int, help="draft trees of up to N tokens where they pay")
-    parser.add_argument(
-        "--verifier",
-        metavar="NAME",
-        help="which drafted tokens stand: strict (the default), rejection and block, which keep the model's law; or"
-        " ensemble, diversed, bounded, lenient, typical and top_k_gap, which leave it, measured",
-    )
-    parser.add_argument("--verifier-head", metavar="FOLDER", help="the trained head that the verifier diversed needs")
-    parser.add_argument(
-        "--max-bias",
-        metavar="X",
+        "--keep-alive",
+        dest="keep_alive_seconds",
+        metavar="SECONDS",
         type=float,
-        help="most that a request's verifier may move a token's law, from 0 (lossless ones alone) to 1 (the default)",
+        help="silence on a stream before a comment is sent for the sake of proxies (default: 15)",
     )
     parser.add_argument(
-        "--rule",
-        metavar="NAME",
-        help="of diffusion models: which masked positions a step commits: threshold (of most the default), frechet,"
-        " factor, factor_compat, quota, margin, entropy, random or dynamic",
+        "--otlp-endpoint", metavar="URL", help="send a trace of each request to this OpenTelemetry collector"
     )
-    parser.add_argument(
-        "--cache",
-        metavar="NAME",
-        help="of diffusion models: what a step does not compute anew: none (exact, the default), prefix or dual; block"
-        " (exact, the default) or dual for block-causal ones",
-    )
-    parser.add_argument(
-        "--canvas", metavar="N", type=int, help="tokens of an answer whose request has no max_tokens (default: 256)"
-    )
-    parser.add_argument(
-        "--diffusion-drafter",
-        metavar="MODEL",
-        help="draft with this diffusion model, and verify with the one that is served: its folder or hub id",
-    )
-
-
-def _decoding_overrides(parsed: argparse.Namespace) -> list[str]:
-    """What the flags that are about drafts and denoising change in the first model."""
-    overrides = []
-    if parsed.draft is not None:
-        if not parsed.draft:
-            raise ConfigError("--draft: expected `ngram`, or the folder or hub id of a draft checkpoint")
-        plain = parsed.draft in UNTRAINED_DRAFTERS
-        drafter, path = (parsed.draft, "") if plain else ("auto", parsed.draft)
-        overrides += ["pipeline=speculative", f"draft.path={json.dumps(path)}", f"draft.drafter={drafter}"]
-    if parsed.diffusion_drafter is not None:
-        overrides += ["pipeline=dual_diffusion"]
-    flags = {
-        "quant": parsed.quant,
-        "draft.max_draft": parsed.max_draft,
-        "draft.tree": parsed.draft_tree,
-        "verifier.name": parsed.verifier,
-        "verifier.head": parsed.verifier_head,
-        "verifier.max_bias": parsed.max_bias,
-        "diffusion.rule": parsed.rule,
-        "diffusion.cache": parsed.cache,
-        "diffusion.canvas": parsed.canvas,
-        "diffusion.drafter": parsed.diffusion_drafter,
-    }
-    overrides += [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
-    return [f"models.0.{override}" for override in overrides]
 
 
 def listen(host: str, port: int) -> list[socket.socket]:

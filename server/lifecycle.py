@@ -34,6 +34,7 @@ class Lifecycle:
         on_ready: Callable[[], None],
     ) -> None:
         self.state = State.STARTING
+        self.paused = False  # an operator wants no new requests for now
         self.phase = "start"  # the last start-up phase that ended
         self.failure: Exception | None = None
         self._engines = engines
@@ -55,7 +56,7 @@ class Lifecycle:
             raise self.failure
 
     def check_ready(self) -> None:
-        """Raises ApiError 503 in any state but READY."""
+        """Raises ApiError 503 in any state but READY, and while it is paused."""
         match self.state:
             case State.STARTING:
                 raise unavailable(f"The server is starting (after: {self.phase}); please retry.", "starting", 2)
@@ -63,6 +64,8 @@ class Lifecycle:
                 raise unavailable("The server is shutting down; please retry elsewhere.", "draining", 5)
             case State.FAILED:
                 raise unavailable("The server could not start.", "engine_unavailable", 30)
+        if self.paused:
+            raise unavailable("The server takes no requests for now; please retry elsewhere.", "draining", 5)
 
     def trouble(self, models: Sequence[str]) -> list[str]:
         """Which of these models are not well, and why. One that loads or drains is no trouble by itself."""
@@ -73,8 +76,8 @@ class Lifecycle:
 
     def unready(self, models: Sequence[str]) -> list[str]:
         """Which of these models should get no traffic, and why."""
-        if self.state is not State.READY:
-            return [str(self.state)] * len(models)
+        if self.state is not State.READY or self.paused:
+            return [str(State.DRAINING if self.paused else self.state)] * len(models)
         healths = {name: self._engines[name].health() for name in models}
         waiting = [f"{name}: not ready" for name, health in healths.items() if health.ok and not health.ready]
         return [*self.trouble(models), *waiting]

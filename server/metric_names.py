@@ -135,6 +135,12 @@ LABELLED_COUNTERS: Final = {
         ("device", "host", "p2p", "disk", "external_unspecified"),
     ),
 }
+# Labels `key`, the name of an API key as the settings have it, and `limit`: requests, tokens or concurrency.
+RATE_LIMITED: Final = (
+    "slipstream:rate_limited_requests_total",
+    "Requests refused with 429 because of their key's limits.",
+)
+KEY_RUNNING: Final = ("slipstream:key_requests_running", "Requests of an API key that are being answered.")
 REJECTION_REASONS: Final = ("max_num_queued_reqs", "max_num_queued_tokens")
 
 HISTOGRAMS: Final[dict[str, tuple[str, tuple[float, ...]]]] = {

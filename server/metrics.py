@@ -27,8 +27,11 @@ from engine.protocols import EngineObserver
 from engine.types import EngineStats, ModelInfo, RequestSummary, VerifierStats
 from server import metric_names as names
 from server.ledger import Ledger
+from server.limits import LIMITS
 
-_UNCOUNTED_HANDLERS = frozenset({"/metrics", "/health", "/ready", "/load", "/ping", "/version", "/server_info"})
+_UNCOUNTED_HANDLERS = frozenset(
+    {"/metrics", "/health", "/ready", "/load", "/ping", "/version", "/server_info", "/is_sleeping"}
+)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -41,6 +44,8 @@ class Metrics:
         self._families = _Families(self.registry)
         self._http = _HttpMetrics(self.registry)
         self._ledgers: list[Ledger] = []
+        self._limited = Counter(*names.RATE_LIMITED, ("key", "limit"), registry=self.registry)
+        self._key_running = Gauge(*names.KEY_RUNNING, ("key",), registry=self.registry)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
@@ -70,6 +75,16 @@ class Metrics:
         """Count one finished HTTP exchange. `handler` is the route's template, or "none" where no route matched."""
         if handler not in _UNCOUNTED_HANDLERS:
             self._http.observe(handler, method, status, seconds, request_bytes, response_bytes)
+
+    def watch_key(self, key: str, running: Callable[[], int]) -> None:
+        """Expose an API key's series, from 0 on. `key` is its name, never the key."""
+        self._key_running.labels(key).set_function(running)
+        for limit in LIMITS:
+            self._limited.labels(key, limit)
+
+    def limited(self, key: str, limit: str) -> None:
+        """Count a request that was refused with 429."""
+        self._limited.labels(key, limit).inc()
 
     def render(self) -> tuple[bytes, str]:
         """The page and its content type, in Prometheus' text format 0.0.4 (which every scraper reads)."""

@@ -16,14 +16,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.contract import Metrics
 from server.direct import writer_of
-from server.errors import error_response
+from server.errors import REQUEST_ID, error_response
+from server.limits import lease_of
+from server.messages.errors import speaks
 
 log = logging.getLogger(__name__)
 access = logging.getLogger("server.access")
 
 _NOT_IN_IDS = re.compile(r"[^A-Za-z0-9._:-]")
 MAX_ID = 128
-QUIET_PATHS = frozenset(("/health", "/ready", "/metrics"))  # probes and scrapes are no news
+QUIET_PATHS = frozenset(
+    ("/health", "/ready", "/metrics", "/load", "/ping", "/is_sleeping")
+)  # probes and scrapes are no news
 
 
 def request_id(scope: Scope) -> str:
@@ -56,7 +60,12 @@ class Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(scope=message)["x-request-id"] = self.id
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self.id
+            if speaks(self._scope):
+                headers["request-id"] = self.id
+            if (lease := lease_of(self._scope)) is not None:
+                headers.update(lease.account.headers())
         elif message["type"] == "http.response.body":
             self.sent += len(message.get("body", b""))
         await self._send(message)
@@ -90,14 +99,17 @@ class Exchanges:
         scope["root_path"] = self._root_path
         _strip_slash(scope)
         exchange = Exchange(scope, send)
+        scope[REQUEST_ID] = exchange.id
         try:
             await self._app(scope, exchange.counting(receive), exchange.send)
         except Exception as error:
             log.exception("request %s failed", exchange.id)
             if exchange.status:  # too late for another answer; the server cuts the connection
                 raise
-            await error_response(error)(scope, receive, exchange.send)
+            await error_response(error, scope)(scope, receive, exchange.send)
         finally:
+            if (lease := lease_of(scope)) is not None:
+                lease.release()
             self._note(scope, exchange)
 
     def _note(self, scope: Scope, exchange: Exchange) -> None:

@@ -9,12 +9,19 @@ from typing import TypeVar
 
 import msgspec
 
+from engine.errors import InvalidRequest
+from engine.types import ModelInfo
 from server import unsupported
 from server.contract import Engine
 from server.errors import ApiError, invalid
+from server.reasoning.settle import template_variables
 from server.schemas import CompletionBody, default
 from server.schemas_chat import Message, TemplateFields, TokenizeBody, ToolCall
+from server.schemas_sampling import PromptCut
+from server.schemas_tools import Tool, size_of
 from server.service import Service
+from server.tools.history import conversation, without_system
+from server.tools.plan import told_tools
 
 INLINE_CHARS = 16_384  # longer texts are tokenized in a thread, so that other streams go on
 
@@ -36,7 +43,8 @@ async def tokenize(body: TokenizeBody, service: Service) -> tuple[Engine, list[i
     if (body.prompt is None) == (body.messages is None):
         raise invalid("prompt", "give either 'prompt' or 'messages'")
     if body.messages is not None:
-        return engine, await encode_messages(engine, body.messages, body, service, bool(body.add_special_tokens))
+        special, tools = bool(body.add_special_tokens), told_tools(body, engine.info)
+        return engine, await encode_messages(engine, body.messages, body, service, special, tools)
     assert body.prompt is not None
     check_length(len(body.prompt), engine, service, "prompt")
     encode, special = engine.tokenizer.encode, default(body.add_special_tokens, True)
@@ -58,24 +66,37 @@ def check_length(size: int, engine: Engine, service: Service, param: str) -> Non
 
 
 async def encode_messages(
-    engine: Engine, messages: Sequence[Message], fields: TemplateFields, service: Service, add_special_tokens: bool
+    engine: Engine,
+    messages: Sequence[Message],
+    fields: TemplateFields,
+    service: Service,
+    add_special_tokens: bool,
+    tools: Sequence[Tool] = (),
 ) -> list[int]:
-    """Apply the chat template. Raises ApiError and InvalidRequest."""
+    """Apply the chat template; `tools`: those that the model is told of. Raises ApiError and InvalidRequest."""
     if add_special_tokens:
         raise invalid("add_special_tokens", "the chat template adds the special tokens of a chat")
-    plain = _plain_messages(messages)
-    size = sum(map(_size, messages))
+    checked = _plain_messages(messages)
+    size = sum(map(_size, messages)) + sum(map(size_of, tools))
     check_length(size, engine, service, "messages")
+    plain, shown = conversation(checked, tools, engine.info)
     going_on = bool(fields.continue_final_message)
     if going_on and fields.add_generation_prompt:
         raise invalid("continue_final_message", "excludes add_generation_prompt")
     prompt = default(fields.add_generation_prompt, not going_on)
-    template = _template_variables(fields)
+    template = template_variables(fields, engine.tokenizer)
     encode = engine.tokenizer.encode_chat
-    return await in_thread_if(
-        size > INLINE_CHARS,
-        lambda: encode(plain, add_generation_prompt=prompt, continue_final_message=going_on, template=template),
-    )
+    ours = tools and shown is None and checked[0]["role"] != "system"
+
+    def rendered() -> list[int]:
+        try:
+            return encode(plain, prompt, going_on, template, shown)
+        except InvalidRequest:
+            if not ours:
+                raise
+            return encode(without_system(plain), prompt, going_on, template)
+
+    return await in_thread_if(size > INLINE_CHARS, rendered)
 
 
 def _size(message: Message) -> int:
@@ -119,13 +140,6 @@ def _plain_call(call: ToolCall) -> dict[str, object]:
     return {"id": call.id, "type": "function", "function": function}
 
 
-def _template_variables(fields: TemplateFields) -> dict[str, object]:
-    variables = dict(fields.chat_template_kwargs or {})
-    if fields.reasoning_effort is not None:
-        variables.setdefault("reasoning_effort", fields.reasoning_effort)
-    return variables
-
-
 async def encode_prompts(body: CompletionBody, engine: Engine, service: Service) -> tuple[Prompt, ...]:
     """The prompts of a completions request, in order. Raises ApiError and InvalidRequest."""
     given: list[str] | list[list[int]]
@@ -148,6 +162,24 @@ async def encode_prompts(body: CompletionBody, engine: Engine, service: Service)
         )
 
     return await in_thread_if(sum(map(len, given)) > INLINE_CHARS, encode)
+
+
+def cut(prompt: Prompt, asked: PromptCut, info: ModelInfo, room: int = 1) -> Prompt:
+    """At most as many tokens as are asked for; `room`: of the answer, where all that fits is asked for.
+
+    Raises ApiError for a length that the model can't take.
+    """
+    wanted, most = asked.truncate_prompt_tokens, info.max_model_len
+    if wanted is None:
+        if asked.truncation_side is not None:
+            raise invalid("truncation_side", "needs 'truncate_prompt_tokens'")
+        return prompt
+    if wanted == 0 or wanted > most:
+        raise invalid("truncate_prompt_tokens", f"must be -1, or from 1 to {most}, the model's context length")
+    kept = max(1, most - room) if wanted == -1 else wanted
+    if len(prompt.ids) <= kept:
+        return prompt
+    return Prompt(prompt.ids[:kept] if asked.truncation_side == "right" else prompt.ids[-kept:])
 
 
 async def in_thread_if(long: bool, work: Callable[[], T]) -> T:

@@ -13,8 +13,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from server.reasoning.schemas import BudgetFields
 from server.schemas_diffusion import Diffusion
+from server.schemas_sampling import MAX_INTERVAL, Alternatives, PromptCut, StopFields
+from server.schemas_structured import StructuredFields
 
+MAX_LOGPROB_IDS = 128
 MAX_LISTED = 1024  # entries of logit_bias, bad_words, stop_token_ids
 MAX_STOP_CHARS = 1024
 MAX_DRAFT = 1024  # that a request may name
@@ -184,11 +188,19 @@ class Speculation(BaseModel):
     )
 
 
-class GenerationBody(Body):
-    """The parameters that both generation endpoints share."""
+RequestId = Annotated[
+    str,
+    Field(
+        max_length=128,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$",
+        description="Part of the answer's id in place of random letters; 409 while a request of that id runs.",
+    ),
+]
 
-    n: Int32 | None = None
-    max_tokens: Int32 | None = None
+
+class SamplingBody(StopFields, PromptCut, BudgetFields, Body):
+    """How an answer is made: the parameters of every endpoint that writes one."""
+
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1, description="-1 and 0 turn it off.")] | None = None
@@ -206,22 +218,38 @@ class GenerationBody(Body):
     logit_bias: LogitBias | None = None
     allowed_token_ids: List[int] | None = None
     bad_words: BadWords | None = None
-    prompt_logprobs: Count | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    return_token_ids: bool | None = None
-    return_tokens_as_token_ids: bool | None = None
     add_special_tokens: bool | None = None
+    request_id: RequestId | None = None
     priority: Int32 | None = Field(None, description="Lower runs first.")
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     speculation: Speculation | None = None
     diffusion: Diffusion | None = None
 
 
+class GenerationBody(StructuredFields, SamplingBody):
+    """The parameters that the two OpenAI endpoints with choices share."""
+
+    n: Int32 | None = None
+    max_tokens: Int32 | None = None
+    prompt_logprobs: Alternatives | None = None
+    logprob_token_ids: Annotated[list[Count], Field(fail_fast=True, max_length=MAX_LOGPROB_IDS)] | None = Field(
+        None,
+        description="Tokens whose log-probabilities stand beside each generated token's, in place of the likeliest"
+        " ones; needs logprobs.",
+    )
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    stream_interval: Annotated[int, Field(ge=1, le=MAX_INTERVAL)] | None = Field(
+        None, description="Tokens of a choice that a stream's chunk holds at least, but for the first and the last."
+    )
+
+
 class CompletionBody(GenerationBody):
     prompt: PromptInput
     echo: bool | None = None
-    logprobs: Count | None = None
+    logprobs: Alternatives | None = None
 
 
 class DetokenizeBody(Body):

@@ -7,7 +7,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
-from server.schemas import Body, Count, GenerationBody, Int32
+from server.reasoning.schemas import TemplateThinking, ThinkingFields
+from server.schemas import Body, GenerationBody, Int32
+from server.schemas_sampling import Alternatives
+from server.schemas_tools import ToolChoiceFields, ToolFields
 
 MAX_MESSAGES = 4096
 
@@ -15,6 +18,11 @@ MAX_MESSAGES = 4096
 class TextPart(BaseModel):
     type: Literal["text"]
     text: str
+
+
+class RefusalPart(BaseModel):
+    type: Literal["refusal"]
+    refusal: str
 
 
 def _text_of(part: object) -> str:
@@ -40,7 +48,10 @@ def _join_parts(value: object) -> str | None:
     return "\n".join(map(_text_of, value))
 
 
-Content = Annotated[str | None, PlainValidator(_join_parts, json_schema_input_type=str | list[TextPart] | None)]
+Content = Annotated[
+    str | None,
+    PlainValidator(_join_parts, json_schema_input_type=str | list[str | TextPart | RefusalPart] | None),
+]
 
 
 class FunctionCall(BaseModel):
@@ -51,7 +62,7 @@ class FunctionCall(BaseModel):
 
 
 class ToolCall(BaseModel):
-    """A call in the history of a conversation; new ones are not made yet."""
+    """A call in the history of a conversation."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -75,20 +86,19 @@ class Message(BaseModel):
 Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
 
 
-class TemplateFields(BaseModel):
+class TemplateFields(TemplateThinking, ToolFields):
     """How messages become a prompt."""
 
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, object] | None = None
-    reasoning_effort: str | None = Field(None, description="Handed to the chat template.")
 
 
-class ChatBody(TemplateFields, GenerationBody):
+class ChatBody(TemplateFields, ToolChoiceFields, ThinkingFields, GenerationBody):
     messages: Messages
     max_completion_tokens: Int32 | None = Field(None, description="Wins over max_tokens.")
     logprobs: bool | None = None
-    top_logprobs: Count | None = None
+    top_logprobs: Alternatives | None = None
+    echo: bool | None = Field(None, description="Put the message that is continued in front of the answer.")
 
 
 class TokenizeBody(TemplateFields, Body):

@@ -76,3 +76,8 @@ class Diffusion(BaseModel):
         None,
         description="Put an object `diffusion` into the answer: how it was denoised, and in how many forward passes.",
     )
+    trace: bool | None = Field(
+        None,
+        description="Put an object `diffusion` into each choice: what every step filled in, and took back. In a stream"
+        " it comes with the steps, also where none of their text can be sent yet.",
+    )

@@ -11,7 +11,11 @@ from starlette.requests import Request
 from server.auth import KeyRing
 from server.contract import Engine, Metrics
 from server.errors import ApiError
+from server.flights import Flights
+from server.idempotency import Replays
 from server.lifecycle import Lifecycle
+from server.limits import Accounts
+from server.responses.store import ResponseStore
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -38,7 +42,12 @@ class Service:
     metrics: Metrics
     lifecycle: Lifecycle
     keys: KeyRing
+    admins: KeyRing
     unknown_fields: UnknownFields
+    responses: ResponseStore
+    accounts: Accounts
+    flights: Flights
+    replays: Replays
 
     def engine(self, name: str | None) -> Engine:
         """The engine of a model; the first one when no name is given. Raises ApiError 404."""

@@ -25,17 +25,19 @@ from server.errors import ApiError, unavailable
 from server.lifecycle import Lifecycle
 from server.service import Service
 from server.settings import Settings
+from server.tls import Certificates, certificates
 
 log = logging.getLogger(__name__)
 
 CLOSING_SECONDS = 5  # for responses to reach their clients once the engines are closed
 OPEN_FILES = 65_536
+REFRESH_TICKS = 20  # of 0.1 s, between two looks at the files of the certificate
 
 
 def run(app: FastAPI, settings: Settings, sockets: list[socket.socket] | None = None) -> None:
     """Serve until SIGINT or SIGTERM, which drain (a second one: at once). Raises what made an engine fail to start.
 
-    `sockets` listen already; without them, host and port are bound here.
+    `sockets` listen already; without them, host and port are bound here. Raises ConfigError for a wrong certificate.
     """
     _raise_file_limit()
     server = make_server(app, settings)
@@ -59,20 +61,29 @@ def make_server(app: FastAPI, settings: Settings) -> Server:
         server_header=False,
         timeout_keep_alive=settings.idle_timeout,
         timeout_graceful_shutdown=CLOSING_SECONDS,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=list(settings.trusted_proxies),
         h11_max_incomplete_event_size=settings.max_header_bytes,
     )
     service = app.state.service
     assert isinstance(service, Service)
-    return Server(config, service.lifecycle, settings.drain_timeout)
+    found = certificates(settings)
+    if found is not None:
+        config.load()
+        config.ssl = found.context
+    return Server(config, service.lifecycle, settings.drain_timeout, found)
 
 
 class Server(uvicorn.Server):
     """The first signal refuses new requests with 503 and lets those in flight finish; the second one does not wait."""
 
-    def __init__(self, config: Config, lifecycle: Lifecycle, drain_timeout: float) -> None:
+    def __init__(
+        self, config: Config, lifecycle: Lifecycle, drain_timeout: float, certificates: Certificates | None = None
+    ) -> None:
         super().__init__(config)
         self.lifecycle = lifecycle
         self._drain_timeout = drain_timeout
+        self._certificates = certificates
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  as in the base
         # The base class would also raise the signal again at the end, past all exit handlers.
@@ -81,6 +92,8 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
+        if self._certificates is not None and counter % REFRESH_TICKS == 0:
+            self._certificates.refresh()
         return await super().on_tick(counter) or self.lifecycle.failure is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -8,7 +8,7 @@ from itertools import zip_longest
 
 from engine.types import ModelInfo, SpeculationParams, SpeculationReport, TokenEvent
 from engine.verification import VerifierCard
-from server.errors import ApiError, shorten
+from server.errors import ApiError, refused, shorten
 from server.schemas import KNOBS, Speculation, default
 
 DIGITS = 6  # of numbers that are estimates
@@ -68,9 +68,11 @@ def speculation_fields(reports: Iterable[SpeculationReport]) -> dict[str, object
 def trace_fields(event: TokenEvent, start: int = 0) -> dict[str, object]:
     """A choice's `speculation`, where the request asked for one: where each token came from, and where its text starts.
 
-    `start`: characters that stand before the answer, as an echoed prompt does.
+    `rounds` has [drafted, stood] of each draft that was verified. `start`: characters that stand before the answer, as
+    an echoed prompt does.
     """
-    return {"origins": event.origins, "offsets": [start + offset for offset in event.offsets]}
+    offsets = [start + offset for offset in event.offsets]
+    return {"origins": event.origins, "offsets": offsets, "rounds": event.rounds or ()}
 
 
 def speculation_card(info: ModelInfo) -> dict[str, object] | None:
@@ -117,5 +119,4 @@ def _verifier_card(card: VerifierCard, info: ModelInfo) -> dict[str, object]:
 
 
 def _refused(knob: str, reason: str) -> ApiError:
-    name = f"speculation.{knob}"
-    return ApiError(400, f"Unsupported parameter: '{name}': {reason}.", param=name, code="unsupported_parameter")
+    return refused(f"speculation.{knob}", reason)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from engine.types import Phase
+from server.connect import UNIX
 
 
 class StartupTable:
@@ -41,7 +42,8 @@ class StartupTable:
         """Every model answers: the last row, and how to ask."""
         with self._lock:
             self._print(f"{'ready':<{self._width}} {time.monotonic() - self._began:>8.1f}\n")
-            self._print(f"{', '.join(self._models)} at {self._url}/v1 (Ctrl-C stops the server). Try:\n")
+            where = self._url if self._url.startswith(UNIX) else f"{self._url}/v1"
+            self._print(f"{', '.join(self._models)} at {where} (Ctrl-C stops the server). Try:\n")
             self._print(curl(self._url, self._models[0], needs_key=self._needs_key))
 
     def _print(self, line: str) -> None:
@@ -51,13 +53,13 @@ class StartupTable:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
 
 
-def base_url(host: str, port: int) -> str:
+def base_url(host: str, port: int, secure: bool = False) -> str:
     """Where a client on this machine reaches a server that listens on `host`."""
     if host in ("0.0.0.0", ""):
         host = "127.0.0.1"
     elif host == "::":
         host = "::1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{'https' if secure else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def curl(url: str, model: str, *, needs_key: bool) -> str:
@@ -66,4 +68,6 @@ def curl(url: str, model: str, *, needs_key: bool) -> str:
     body = json.dumps({"model": model, "messages": question, "max_tokens": 64, "temperature": 0}, ensure_ascii=False)
     key = ' -H "Authorization: Bearer YOUR_API_KEY"' if needs_key else ""
     where = shlex.quote(f"{url}/v1/chat/completions")
+    if url.startswith(UNIX):
+        where = f"--unix-socket {shlex.quote(url.removeprefix(UNIX))} http://localhost/v1/chat/completions"
     return f'curl {where} -H "Content-Type: application/json"{key} -d {shlex.quote(body)}'

@@ -1,19 +1,19 @@
 """Answers on the wire: server-sent events, and a client that leaves in the middle.
 
-Each event is one line `data: <json>` and a blank line, the last one `data: [DONE]`. An error after the 200 is an event
-with an `error`, then `[DONE]`: a silent end would look like a short success. While a stream is silent, comments
-keep proxies from cutting it. A client that has gone is noticed while anything is awaited, streamed or not, and its
-requests are cancelled at once.
+Each event of an endpoint with choices is one line `data: <json>` and a blank line, the last one `data: [DONE]`. An
+error after the 200 is an event with an `error`, then `[DONE]`: a silent end would look like a short success. Other
+endpoints write on a `Sheet` of their own. While a stream is silent, comments keep proxies from cutting it. A client
+that has gone is noticed while anything is awaited, streamed or not, and its requests are cancelled at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -22,12 +22,13 @@ from starlette.types import Receive, Scope, Send
 
 from engine.errors import SlipstreamError
 from engine.types import TokenEvent
-from server.answers import Choices, Fields, Meter, head, whole_answer
+from server.answers import Choices, Fields, Meter, head, join, whole_answer
 from server.contract import EventStream
 from server.convert import Job
 from server.direct import ChunkWriter, writer_of
-from server.errors import to_api_error
+from server.errors import ApiError, to_api_error
 from server.schemas import GenerationBody, StreamOptions
+from server.service import service_of
 
 log = logging.getLogger(__name__)
 
@@ -42,23 +43,52 @@ class Gone(Exception):
     """The client has closed its connection."""
 
 
+class Sheet(Protocol):
+    """How an endpoint writes the answer to one job: as a stream, in pieces of bytes, or whole."""
+
+    def opening(self) -> bytes:
+        """Before the first event; may be empty, as all of these may."""
+        ...
+
+    def event(self, event: TokenEvent) -> bytes:
+        """Raises for an end that is no answer, as `answers.finish_word` does."""
+        ...
+
+    def closing(self) -> bytes:
+        """Behind the last event; an event is missing only where somebody else has cancelled the request."""
+        ...
+
+    def failed(self, error: ApiError) -> bytes:
+        """The end of a stream that went wrong, in place of `closing` or in the middle of it."""
+        ...
+
+    def whole(self, events: Sequence[Sequence[TokenEvent]]) -> Fields:
+        """The body of an answer that is not streamed; `events` holds those of each choice, in order."""
+        ...
+
+
 async def respond(
     request: Request, body: GenerationBody, job: Job, choices: Choices, param: str, quiet: float
 ) -> Response:
-    """Run a job and answer it, as a stream if the body asks for one.
+    """Run a job of an endpoint with choices and answer it, as a stream if the body asks for one; see `answer`."""
+    stream = await submit(request, job, param)
+    sheet = Frame(job, choices, body.stream_options, body.stream_interval or 1)
+    return EventStreamResponse(stream, sheet, quiet) if body.stream else await answer(request, job, stream, sheet)
 
-    `param` is the client's name of the prompt, `quiet` the seconds of silence before a comment. Errors that are
-    known before the first token are raised, so that they become HTTP errors.
-    """
-    stream = await job.engine.submit(job.requests, param=param)
-    if body.stream:
-        return EventStreamResponse(stream, Frame(job, choices, body.stream_options), quiet)
+
+async def submit(request: Request, job: Job, param: str) -> EventStream:
+    """Queue a job; `param` is the client's name of its prompt. What is known to be wrong is raised now."""
+    return await service_of(request).flights.submit(request.scope, job.engine, job.requests, param)
+
+
+async def answer(request: Request, job: Job, stream: EventStream, sheet: Sheet) -> Response:
+    """The answer to a job that is not streamed. Raises what ends it, so that it becomes an HTTP error."""
     try:
         async with aclosing(stream):
             events = await or_gone(request.receive, _collect(stream, job))
     except Gone:
         return Response(status_code=CLIENT_GONE)
-    return Response(msgspec.json.encode(whole_answer(job, choices, events)), media_type="application/json")
+    return Response(msgspec.json.encode(sheet.whole(events)), media_type="application/json")
 
 
 async def or_gone(receive: Receive, work: Coroutine[None, None, T]) -> T:
@@ -87,20 +117,24 @@ async def _collect(stream: EventStream, job: Job) -> list[list[TokenEvent]]:
     return events
 
 
-def sse(fields: Fields) -> bytes:
-    return b"data: " + msgspec.json.encode(fields) + b"\n\n"
+def sse(fields: Fields, kind: str = "") -> bytes:
+    """One event; with a `kind`, that is its name."""
+    name = f"event: {kind}\n".encode() if kind else b""
+    return b"".join((name, b"data: ", msgspec.json.encode(fields), b"\n\n"))
 
 
 class Frame:
     """Puts choices into chunks."""
 
-    def __init__(self, job: Job, choices: Choices, options: StreamOptions | None) -> None:
+    def __init__(self, job: Job, choices: Choices, options: StreamOptions | None, interval: int = 1) -> None:
         self._meter = Meter(job)
         self._include_usage = bool(options and options.include_usage)
         self._continuous = bool(options and options.continuous_usage_stats)
         self._head = b"data: " + msgspec.json.encode(head(job, choices.chunk_kind))[:-1] + b',"choices":'
         self._job = job
         self._choices = choices
+        self._interval = interval
+        self._held: dict[int, list[TokenEvent]] = {}  # by choice, until they are so many tokens
 
     def opening(self) -> bytes:
         """One chunk per choice, the first of all with the fields that are sent once; may be empty."""
@@ -113,24 +147,38 @@ class Frame:
         )
 
     def event(self, event: TokenEvent) -> bytes:
-        """The chunk of an event; empty where it has nothing to tell. Raises what `answers.finish_word` raises."""
+        """The chunks of an event, mostly one; empty where it has nothing to tell. Raises as `answers.finish_word`."""
         index = self._job.index_of(event.request_id)
         self._meter.note(index, event)
-        choice = self._choices.piece(index, event)
-        return b"" if choice is None else self._chunk([choice])
+        if self._interval > 1:
+            held = self._held.setdefault(index, [])
+            held.append(event)
+            if event.finish is None and sum(len(one.token_ids) for one in held) < self._interval:
+                return b""
+            event, self._held[index] = join(held), []
+        pieces = self._choices.pieces(index, event)
+        if len(pieces) < 2:
+            return self._chunk([pieces[0]]) if pieces else b""
+        return b"".join([*(self._chunk([piece], last=False) for piece in pieces[:-1]), self._chunk([pieces[-1]])])
 
     def closing(self) -> bytes:
-        """The chunk without choices, with the usage of the whole answer; empty where nobody asked for it."""
-        return self._chunk([]) if self._include_usage else b""
+        """The chunk without choices, with the usage of the whole answer, where somebody asked for it; and the end."""
+        return self._chunk([]) + DONE if self._include_usage else DONE
 
-    def _chunk(self, choices: list[Fields], extras: Fields | None = None) -> bytes:
+    def failed(self, error: ApiError) -> bytes:
+        return sse(error.body()) + DONE
+
+    def whole(self, events: Sequence[Sequence[TokenEvent]]) -> Fields:
+        return whole_answer(self._job, self._choices, events)
+
+    def _chunk(self, choices: list[Fields], extras: Fields | None = None, last: bool = True) -> bytes:
         """The last chunk of a stream also has what drafting and denoising did for all choices, where that is told."""
         rest: Fields = {}
         if self._continuous or not choices:
             rest["usage"] = self._meter.usage()
         elif self._include_usage:
             rest["usage"] = None
-        if self._meter.complete and self._include_usage is not bool(choices):
+        if last and self._meter.complete and self._include_usage is not bool(choices):
             rest |= self._meter.reports()
         if extras:
             rest |= extras
@@ -147,12 +195,13 @@ class EventStreamResponse(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, stream: EventStream, frame: Frame, quiet: float) -> None:
+    def __init__(self, stream: EventStream, sheet: Sheet, quiet: float) -> None:
+        """`quiet`: seconds of silence before a comment."""
         self.status_code = 200
         self.background = None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._stream = stream
-        self._frame = frame
+        self._sheet = sheet
         self._quiet = quiet
         self._clock = asyncio.get_running_loop().time
         self._last = 0.0
@@ -182,23 +231,22 @@ class EventStreamResponse(Response):
     async def _chunks(self, writer: ChunkWriter | None) -> AsyncGenerator[bytes, None]:
         """What does not go the short way; never raises an error of the engine."""
         try:
-            yield self._frame.opening()
+            yield self._sheet.opening()
             if writer is not None:
                 self._stream.divert(partial(self._write, writer))
             async for event in self._stream:
-                yield self._frame.event(event)
-            yield self._frame.closing()
+                yield self._sheet.event(event)
+            yield self._sheet.closing()
         except Exception as error:
             if not isinstance(error, SlipstreamError):
                 log.exception("a stream failed")
-            yield sse(to_api_error(error).body())
-        yield DONE
+            yield self._sheet.failed(to_api_error(error))
 
     def _write(self, writer: ChunkWriter, event: TokenEvent) -> bool:
         """The short way of an event; False where it is closed."""
         if not writer.ready():
             return False
-        data = self._frame.event(event)
+        data = self._sheet.event(event)
         if data:
             writer.write(data)
             self._last = self._clock()

@@ -1,4 +1,4 @@
-"""For operators and probes: /health, /ready, /version, /metrics and the root. Open without a key; none generates.
+"""For operators and probes: /health, /ready, /ping, /version, /metrics and /load. Open without a key; none generates.
 
 Some load balancers probe with HEAD, so all of them answer it.
 """
@@ -9,16 +9,12 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from engine.types import EngineStats
+from server.lifecycle import State
 from server.service import service_of
 from server.version import version
 
 router = APIRouter(tags=["operations"])
-
-
-@router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
-async def root() -> dict[str, str]:
-    """Something to see in a browser."""
-    return {"name": "slipstream", "version": version(), "docs": "/docs", "api": "/v1"}
 
 
 @router.head("/health", include_in_schema=False)
@@ -80,3 +76,41 @@ async def metrics(request: Request) -> Response:
     """Prometheus metrics, under vLLM's names where there is one."""
     body, content_type = service_of(request).metrics.render()
     return Response(body, headers={"content-type": content_type})
+
+
+@router.head("/load", include_in_schema=False)
+@router.get("/load")
+async def load(request: Request) -> dict[str, object]:
+    """How busy the server is. `server_load`, as vLLM has it: requests that are being answered."""
+    service = service_of(request)
+    return {
+        "server_load": len(service.accounts.leases),
+        "draining": service.lifecycle.paused or service.lifecycle.state is State.DRAINING,
+        "models": {name: _levels(engine.stats) for name, engine in service.engines.items()},
+    }
+
+
+def _levels(stats: EngineStats) -> dict[str, object]:
+    used, total = stats.kv_blocks_used, stats.kv_blocks_total
+    return {
+        "running": stats.running,
+        "waiting": stats.waiting,
+        "kv_cache_usage": round(used / total, 4) if total else 0.0,
+        "kv_blocks": total,
+    }
+
+
+@router.head("/ping", include_in_schema=False)
+@router.post("/ping", response_class=Response)
+@router.get("/ping", response_class=Response)
+async def ping(request: Request) -> Response:
+    """200 while /health says so, else 503; without a body, as some platforms want it."""
+    healthy = (await health(request)).status_code == 200
+    return Response(status_code=200 if healthy else 503)
+
+
+@router.head("/is_sleeping", include_in_schema=False)
+@router.get("/is_sleeping")
+async def is_sleeping() -> dict[str, bool]:
+    """Never: there is no sleep mode. Routers of vLLM's kind ask."""
+    return {"is_sleeping": False}

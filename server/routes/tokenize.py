@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, in vLLM's shapes, with and without the /v1 prefix."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info: in vLLM's shapes, with and without the /v1 prefix."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ async def tokenize_text(body: TokenizeBody, request: Request) -> dict[str, objec
     engine, ids = await tokenize(body, service_of(request))
     strings = [engine.tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
     return {"count": len(ids), "max_model_len": engine.info.max_model_len, "tokens": ids, "token_strs": strings}
+
+
+@router.get("/tokenizer_info")
+@router.get("/v1/tokenizer_info")
+async def tokenizer_info(request: Request, model: str | None = None) -> dict[str, object]:
+    """What a client needs to tokenize and to write prompts by itself, in the form of tokenizer_config.json."""
+    return dict(service_of(request).engine(model).tokenizer.info)
 
 
 @router.post("/detokenize")

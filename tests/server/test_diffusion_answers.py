@@ -40,6 +40,26 @@ async def test_the_answer_tells_how_it_was_denoised(url: str, base: Json, n: int
             assert [chunk.get("diffusion") for chunk in chunks] == [None] * (len(chunks) - 1) + [expected]
 
 
+@ENDPOINTS
+@pytest.mark.asyncio
+async def test_the_trace_tells_of_each_step_before_its_text(url: str, base: Json) -> None:
+    """A chunk without text comes for a step that handed nothing over; the whole answer has all steps in one piece."""
+    async with serving(FakeEngine(answer=TEXT, diffusion=ROOMY)) as client:
+        body = {**base, "max_tokens": 16, "diffusion": {"trace": True}}
+        (whole,) = (await client.post(url, json=body)).json()["choices"]
+        chunks = [choice for chunk in await stream(client, url, body) for choice in chunk["choices"]]
+        (plain,) = (await client.post(url, json={**body, "diffusion": {"trace": False}})).json()["choices"]
+    told = [choice for choice in chunks if "diffusion" in choice]
+    steps = [step for choice in told for step in choice["diffusion"]["steps"]]
+    assert whole["diffusion"] == {"room": 16, "steps": steps} and "diffusion" not in plain
+    first: Json = {"step": 1, "block": [0, 3], "filled": [[0, 258, "Hello"], [1, 11, ","], [2, 220, " "]]}
+    assert steps[0] == {**first, "remasked": [], "end": None}
+    assert (told[0].get("delta", {}).get("content") or told[0].get("text")) in ("", None)
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5]
+    assert steps[-2]["filled"] == [[9, 0, "!"], [10, 257, ""]], "the end has no text"
+    assert (steps[-1]["filled"], steps[-1]["end"]) == ([], 11)
+
+
 @pytest.mark.asyncio
 async def test_a_drafted_answer_tells_how_it_was_verified() -> None:
     engine = FakeEngine(diffusion=replace(DUAL_INFO, max_canvas=256, drafter="Fast"))

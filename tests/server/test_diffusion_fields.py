@@ -145,7 +145,7 @@ async def test_bad_fields_are_refused_by_name(
         ({"repetition_penalty": 1.2}, "repetition_penalty", "in any order"),
         ({"bad_words": ["two bytes"]}, "bad_words", "only words of one token"),
         ({"prompt_logprobs": 0}, "prompt_logprobs", "no probability of a token given those before it"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type", "can't be held to a grammar"),
         ({"speculation": {"enabled": True}}, "speculation.enabled", "served without a drafter"),
         ({"speculation": {"max_draft": 4}}, "speculation.max_draft", "served without a drafter"),
         ({"speculation": {"verifier": "strict"}}, "speculation.verifier", "does nothing here"),

@@ -216,3 +216,36 @@ async def test_point_30_prompt_logprobs_have_vllms_shape() -> None:
 async def test_logprobs_out_of_bounds(url: str, body: Json, param: str) -> None:
     async with serving() as client:
         assert error_of(await client.post(url, json=body), 400)["param"] == param
+
+
+async def test_named_tokens_stand_beside_each_token_in_place_of_the_likeliest() -> None:
+    engine = FakeEngine(answer=[HELLO, EOS])
+    named = {"logprob_token_ids": [WORLD, 7, WORLD], "return_tokens_as_token_ids": True}
+    async with serving(engine) as client:
+        scores = (await choice_of(client, logprobs=1, **named))["logprobs"]
+        chat = (await client.post(CHAT_URL, json={**CHAT, "logprobs": True, "top_logprobs": 5, **named})).json()
+        chunks = await stream(client, CHAT_URL, {**CHAT, "logprobs": True, **named})
+    assert engine.submitted[0].sampling.logprob_token_ids == (WORLD, 7)
+    assert scores["top_logprobs"][0] == {f"token_id:{HELLO}": -0.5, f"token_id:{WORLD}": -0.5, "token_id:7": -1.5}
+    first = chat["choices"][0]["logprobs"]["content"][0]
+    assert first["token"] == f"token_id:{HELLO}"
+    assert [top["token"] for top in first["top_logprobs"]] == [f"token_id:{WORLD}", "token_id:7"]
+    streamed = [chunk["choices"][0]["logprobs"] for chunk in chunks if chunk["choices"]]
+    assert next(entry for scores in streamed if scores for entry in scores["content"]) == first
+
+
+@pytest.mark.parametrize(
+    ("url", "body"),
+    [
+        (COMPLETION_URL, {**COMPLETION, "logprob_token_ids": [1]}),
+        (COMPLETION_URL, {**COMPLETION, "logprob_token_ids": [1], "logprobs": 0, "echo": True}),
+        (COMPLETION_URL, {**COMPLETION, "logprob_token_ids": [VOCAB], "logprobs": 0}),
+        (CHAT_URL, {**CHAT, "logprob_token_ids": [1]}),
+        (CHAT_URL, {**CHAT, "logprob_token_ids": [*range(129)], "logprobs": True}),
+    ],
+)
+async def test_wrong_named_tokens_are_refused(url: str, body: Json) -> None:
+    engine = FakeEngine()
+    async with serving(engine) as client:
+        assert error_of(await client.post(url, json=body), 400)["param"] == "logprob_token_ids"
+    assert not engine.submitted

@@ -31,9 +31,15 @@ def joined(choices: list[Json], index: int = 0) -> tuple[str, str, list[int]]:
     """Text, origins and offsets of a choice, whole or in chunks."""
     own = [choice for choice in choices if choice["index"] == index]
     traces = [choice["speculation"] for choice in own if "speculation" in choice]
-    assert all(set(trace) == {"origins", "offsets"} for trace in traces)
+    assert all(set(trace) == {"origins", "offsets", "rounds"} for trace in traces)
     origins = "".join(trace["origins"] for trace in traces)
     return "".join(map(text_of, own)), origins, [offset for trace in traces for offset in trace["offsets"]]
+
+
+def rounds_of(choices: list[Json], index: int = 0) -> list[list[int]]:
+    """[drafted, stood] of every round of a choice; the last one is cut by its end."""
+    own = [choice["speculation"] for choice in choices if choice["index"] == index and "speculation" in choice]
+    return [pair for trace in own for pair in trace["rounds"]]
 
 
 def pieces(text: str, offsets: list[int]) -> list[str]:
@@ -58,6 +64,7 @@ async def test_every_token_has_an_origin_and_its_text(url: str, base: Json, n: i
                 text, origins, offsets = joined(choices, index)
                 assert (text, origins) == ("Hello, wörld!", ORIGINS)
                 assert pieces(text, offsets) == PIECES
+                assert rounds_of(choices, index) == [[4, 2], [4, 0], [4, 4], [4, 1]]
     assert {request.speculation for request in engine.submitted} == {SpeculationParams(trace=True, verifier="strict")}
 
 
@@ -87,10 +94,10 @@ async def test_chunks_tell_of_tokens_without_text(url: str, base: Json) -> None:
         _, choices = await both(client, url, {**base, **TRACE})
     told = [(text_of(choice), choice["speculation"]) for choice in choices if "speculation" in choice]
     assert told == [
-        ("a", {"origins": "p", "offsets": [0]}),
-        ("", {"origins": "c", "offsets": [1]}),
-        ("ö", {"origins": "c", "offsets": [1]}),
-        ("", {"origins": "c", "offsets": [2]}),
+        ("a", {"origins": "p", "offsets": [0], "rounds": []}),
+        ("", {"origins": "c", "offsets": [1], "rounds": [[4, 0]]}),
+        ("ö", {"origins": "c", "offsets": [1], "rounds": [[4, 0]]}),
+        ("", {"origins": "c", "offsets": [2], "rounds": [[4, 0]]}),
     ]
 
 
