@@ -94,7 +94,8 @@ def read(
 
 def expand(expression: str, interval: str) -> str:
     """A query with Grafana's variables replaced: every model, every instance."""
-    return re.sub(r"\$(model_name|instance)\b", ".*", expression.replace("$__rate_interval", interval))
+    timed = expression.replace("$__rate_interval", interval).replace("$__range", interval)
+    return re.sub(r"\$(model_name|instance)\b", ".*", timed)
 
 
 def query(client: httpx.Client, expression: str, legend: str, window: tuple[float, float, float]) -> list[Curve]:

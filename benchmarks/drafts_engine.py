@@ -154,6 +154,9 @@ class Restrained:
         capacity = self.worker.capacity()
         return capacity if self.num_blocks is None else replace(capacity, num_blocks=self.num_blocks)
 
+    def prepare(self, request: Request) -> None:
+        self.worker.prepare(request)
+
     def submit(self, plan: StepPlan) -> StepHandle:
         return self.worker.submit(plan)
 

@@ -100,6 +100,9 @@ class TimedWorker:
     def capacity(self) -> Capacity:
         return self._inner.capacity()
 
+    def prepare(self, request: Request) -> None:
+        self._inner.prepare(request)
+
     def submit(self, plan: StepPlan) -> TimedHandle:
         self._recorder.plan(plan)
         return TimedHandle(self._inner.submit(plan), self._recorder)

@@ -224,6 +224,9 @@ class PlainWorker:
     def capacity(self) -> Capacity:
         return self._capacity
 
+    def prepare(self, _: Request) -> None:
+        """Nothing here has a grammar."""
+
     def submit(self, plan: StepPlan) -> Done:
         return Done(self._pipeline.execute(plan))
 

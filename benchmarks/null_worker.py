@@ -22,6 +22,7 @@ from engine.types import (
     DecodeTraits,
     Passes,
     Phase,
+    Request,
     ScheduledSeq,
     SeqResult,
     StepOutput,
@@ -81,6 +82,9 @@ class InstantWorker:
         sizes = (script.num_blocks, script.block_size, script.max_model_len, script.vocab_size)
         verifiers = (STRICT,) if script.traits.drafts else ()
         return Capacity(*sizes, script.traits, script.step_costs, "none", script.draft_costs, verifiers)
+
+    def prepare(self, _: Request) -> None:
+        """Nothing here has a grammar."""
 
     def submit(self, plan: StepPlan) -> _Done:
         began = time.thread_time()
@@ -171,6 +175,9 @@ class PacedWorker:
 
     def capacity(self) -> Capacity:
         return self._inner.capacity()
+
+    def prepare(self, _: Request) -> None:
+        """Nothing here has a grammar."""
 
     def submit(self, plan: StepPlan) -> _Done | _Paced:
         now = time.monotonic()

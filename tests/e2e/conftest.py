@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from tests.contract import neural
+from tests.e2e.browser import Browser
 from tests.e2e.process import ServerProcess
 from tests.e2e.scripted import ScriptedServer
 from tests.e2e.wire import assert_idle, complete
@@ -107,6 +108,12 @@ def scripted(scripted_server: ScriptedServer) -> Iterator[ScriptedServer]:
     yield scripted_server
     engine.answer, engine.refusal = usual, None
     engine.flowing.set()
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    with Browser() as browser:
+        yield browser
 
 
 @pytest.fixture

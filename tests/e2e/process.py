@@ -99,8 +99,9 @@ class ServerProcess:
 
     @property
     def engine_pid(self) -> int:
-        """The one child that it has."""
-        (pid,) = children(self.pid)
+        """Its one engine process; another child may be there to check grammars."""
+        mark = b"engine.cluster.process"
+        (pid,) = (pid for pid in children(self.pid) if mark in Path(f"/proc/{pid}/cmdline").read_bytes())
         return pid
 
     def wait_ready(self) -> ServerProcess:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -20,21 +21,28 @@ class ScriptedServer:
     Set `engine.answer` between requests: a text, or token ids, which may hold EOS anywhere.
     """
 
-    def __init__(self, engine: FakeEngine | None = None, **settings: Any) -> None:
+    def __init__(self, engine: FakeEngine | None = None, port: int = 0, **settings: Any) -> None:
         self.engine = engine or FakeEngine()
-        sockets = listen("127.0.0.1", 0)
+        sockets = listen("127.0.0.1", port)
         self.port: int = sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._settings = Settings(host="127.0.0.1", port=self.port, log_requests=False, **settings)
         self._sockets = sockets
         self._started = threading.Event()
         self._server: Server | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="scripted server", daemon=True)
 
     def _run(self) -> None:
         asyncio.run(self._serve())
 
+    def later(self, task: Callable[[], object]) -> None:
+        """Run `task` in the server's own thread, as what touches a running engine must be."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(task)
+
     async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
         # Events of asyncio belong to the loop that first waits for them, which is this thread's.
         app = make_app(self.engine, **self._settings.model_dump(exclude_unset=True))
         self._server = make_server(app, self._settings)

@@ -50,7 +50,7 @@ SAMPLING: dict[str, list[Any]] = {
     "response_format": [{"type": "json_object"}, {"type": "json_schema"}, "json", 5],
     "guided_json": [{}, "{}"],
     "guided_regex": ["(a+)+$"],
-    "tools": [[], [{"type": "function", "function": {"name": "f"}}]],
+    "tools": [[], 5, {}],
     "speculation": [
         {"enabled": True}, {"max_draft": 1}, {"max_draft": -1}, {"max_draft": 2**40}, {"report": 1}, {"verifier": "x"},
         True, "on", [],

@@ -274,3 +274,24 @@ def test_a_stream_that_is_refused_is_an_http_error(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(model="full", prompt=PROMPT, stream=True, extra_body={"diffusion": {"steps": 4}})
     assert refused.value.param == "diffusion.steps"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_several_questions_are_read_from_one_canvas(client: OpenAI, server: ServerProcess, model: str) -> None:
+    questions: Any = [
+        {"type": "predicate", "instructions": "Wet?"},
+        {"type": "choice", "instructions": "Colour?", "choices": [{"value": "blue"}, {"value": "red"}]},
+    ]
+    before = metrics(server.url)
+    joint = client.decisions.create(model=model, input="Sea.", questions=questions, extra_body={"joint": True})
+    apart = client.decisions.create(model=model, input="Sea.", questions=questions)
+    wet, colour = joint.answers
+    assert wet.type == "predicate" and 0 <= wet.probability <= 1
+    assert colour.type == "choice" and sum(row.probability for row in colour.probabilities) == pytest.approx(1)
+    assert [answer.type for answer in apart.answers] == ["predicate", "choice"]
+    assert joint.usage.input_tokens < apart.usage.input_tokens
+    ended = [some["vllm:request_success_total"] for some in (before, metrics(server.url))]
+    assert ended[1] == ended[0] + 3  # one canvas, then one for each question
+    vectors = client.embeddings.create(model=model, input=["Sea.", "Sand."]).data
+    assert len(vectors) == 2 and sum(x * x for x in vectors[0].embedding) == pytest.approx(1, abs=1e-4)
+    assert_idle(server.url)
