@@ -34,8 +34,8 @@ RUN apt-get update \
 WORKDIR /build
 COPY pyproject.toml constraints.txt ./
 RUN python3 -m venv --without-pip /opt/slipstream \
- && python3 -c "import tomllib; \
-print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt
+ && python3 -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+print(*project['dependencies'], *project['optional-dependencies']['otel'], sep='\n')" > requirements.txt
 
 
 # ---- Dependencies: layers of a gigabyte and more that change with the pins only -----------------------------------

@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from engine.errors import InvalidRequest
 from engine.grammar import Grammar
 from engine.hub.resolve import resolve
 from engine.llm import CACHE_DIR
@@ -56,7 +57,10 @@ class _Guidance:
     def compile(self, grammar: Grammar) -> Callable[[], Walk]:
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(self._handle, source(grammar), log_level=0, limits=parser_limits())
+        try:
+            matcher = LLMatcher(self._handle, source(grammar), log_level=0, limits=parser_limits())
+        except InvalidRequest as error:
+            raise Refused(error.message) from None
         if matcher.is_error():
             raise Refused(matcher.get_error())
 

@@ -8,7 +8,7 @@ from engine.types import TokenEvent, TokenLogprob
 from server.answers import Fields, finish_word
 from server.convert import Job
 from server.diffusion import canvas_fields
-from server.fragments import Fragment, Parser, Plain
+from server.fragments import Fragment, Parser, Plain, is_whole
 from server.logprobs import CompletionLogprobs, Spelling, chat_entry, prompt_entry, prompt_offsets
 from server.parts import deltas, message
 from server.schemas import CompletionBody
@@ -121,7 +121,7 @@ class ChatChoices:
         self._manner = job.manner
         self._plain = isinstance(job.manner, Plain)
         self._parsers: dict[int, Parser] = {}
-        self._calling: set[int] = set()  # the choices that have called a tool
+        self._calling: dict[int, list[str]] = {}  # the arguments of the last call of each choice that called a tool
         self._called = job.called
 
     def opening(self, index: int) -> Fields | None:
@@ -174,14 +174,19 @@ class ChatChoices:
         found = list(parser.feed(event.text))
         if event.finish is not None:
             found += parser.end()
-        if any(fragment.kind == "call" for fragment in found):
-            self._calling.add(index)
+        for fragment in found:
+            if fragment.kind == "call":
+                if fragment.id:
+                    self._calling[index] = []
+                self._calling[index].append(fragment.text)
         return found
 
     def _finish(self, index: int, event: TokenEvent) -> str | None:
-        """A choice that called a tool and was not cut says so."""
+        """A choice that called a tool says so, unless it was cut: also by a stop string in the middle of a call."""
         finish = finish_word(event.finish)
-        return self._called if finish == "stop" and index in self._calling else finish
+        if finish != "stop" or index not in self._calling:
+            return finish
+        return self._called if is_whole("".join(self._calling[index])) else finish
 
     def _of_tokens(self, event: TokenEvent) -> Fields:
         fields: Fields = {}

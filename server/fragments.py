@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import msgspec
+
 Kind = Literal["content", "reasoning", "call"]
 
 
@@ -25,6 +27,15 @@ class Fragment:
     index: int = 0  # of a call, from 0
     id: str = ""
     name: str = ""
+
+
+def is_whole(arguments: str) -> bool:
+    """Can a call with these arguments be made? Not where the answer ended in the middle of them."""
+    try:
+        msgspec.json.decode(arguments)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+    return True
 
 
 class Parser(Protocol):

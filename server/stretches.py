@@ -13,7 +13,7 @@ from engine.types import TokenEvent, TokenLogprob
 from server.answers import Fields, Meter, finish_word
 from server.convert import Job
 from server.errors import ApiError
-from server.fragments import Fragment, Kind
+from server.fragments import Fragment, Kind, is_whole
 from server.streaming import sse
 
 Scores = tuple[TokenLogprob, ...]
@@ -46,7 +46,7 @@ class Ending:
 
     finish: str | None
     stop_reason: int | str | None
-    called: bool  # was a tool called?
+    called: bool  # was a tool called, and can all calls be made?
     usage: Fields  # as chat completions tell it
     reports: Fields
 
@@ -158,9 +158,11 @@ class NamedEvents:
             yield from self._dialect.opened(self._open)
         if self._open is not None and self._open.kind == "content":
             self._open.scores.extend(self._scores)
-        yield from self._closed(cut=finish != "stop")
+        broken = self._open is not None and self._open.kind == "call" and not is_whole(self._open.text)
+        yield from self._closed(cut=finish != "stop" or broken)
+        called = self._called and not broken
         stop = None if self._last is None else self._last.stop_reason
-        yield from self._dialect.ended(Ending(finish, stop, self._called, self._meter.usage(), self._meter.reports()))
+        yield from self._dialect.ended(Ending(finish, stop, called, self._meter.usage(), self._meter.reports()))
 
 
 def _encode(events: Events) -> bytes:

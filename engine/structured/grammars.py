@@ -13,7 +13,7 @@ from engine.structured.vocabulary import Vocabulary
 from engine.tokenizer.tokenizer import Tokenizer
 
 # Compiled grammars that are kept; those that were not used for longest go first. One takes up to 60 MB.
-KEPT = 64
+KEPT = 16
 KEPT_TEXT = 1 << 20  # characters of their texts together
 
 

@@ -114,6 +114,15 @@ def test_the_end_of_what_was_cut() -> None:
     assert diary.told[-3:] == ["grow 1 {", "close 1 { cut", "end length"]
 
 
+def test_a_stop_string_in_the_middle_of_a_call() -> None:
+    diary = written(*events("0{", "0}", "1{"))
+    assert diary.told[-3:] == ["grow 1 {", "close 1 { cut", "end stop"]
+    assert diary.ending is not None and not diary.ending.called
+    whole = written(*events("0{", "0}", "1{", "1}"))
+    assert whole.told[-2:] == ["close 1 {}", "end stop"]
+    assert whole.ending is not None and whole.ending.called
+
+
 def test_nothing_at_all_is_an_empty_content() -> None:
     diary = written(*events(""))
     assert diary.told == ["begun", "open 0 content", "close 0 ", "end stop"]

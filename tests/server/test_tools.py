@@ -114,6 +114,19 @@ async def test_point_19_finish_reasons(shared: Shared, choice: object, finish: s
     assert partial == told(joined(cut_chunks)) and OSLO.startswith(partial[0][1]) and partial[0][1] != OSLO
 
 
+@pytest.mark.parametrize("form", ["hermes", "llama3_json", "mistral", "pythonic"])
+@pytest.mark.parametrize("place, finish", [("Osl", "stop"), ("clock", "tool_calls")])
+async def test_a_stop_string_inside_a_call_is_no_call(shared: Shared, form: str, place: str, finish: str) -> None:
+    engine = engine_of(shared, form)
+    async with serving(engine) as client:
+        choice = (await post(client, stop=place))["choices"][0]
+        chunks = await stream(client, CHAT_URL, {**BODY, "stop": place})
+    assert choice["finish_reason"] == chunks[-1]["choices"][0]["finish_reason"] == finish
+    assert choice["stop_reason"] == chunks[-1]["choices"][0]["stop_reason"] == place
+    calls = told(choice["message"]["tool_calls"])
+    assert calls == told(joined(chunks)) and len(calls) == 1 and (calls[0][1] == OSLO) is (finish == "tool_calls")
+
+
 async def test_scores_ids_and_trace_stay_with_their_tokens(shared: Shared) -> None:
     engine = engine_of(shared, "hermes", "So: " + FORMS["hermes"][2])
     fields = {"logprobs": True, "top_logprobs": 1, "return_token_ids": True}
