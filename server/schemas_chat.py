@@ -36,7 +36,7 @@ def _text_of(part: object) -> str:
         raise PydanticCustomError(
             "unsupported_parameter", f"content parts of type '{kind[:64]}' are not supported; this server takes text"
         )
-    raise PydanticCustomError("content_type", 'content parts must look like {{"type": "text", "text": "..."}}')
+    raise PydanticCustomError("content_type", 'content parts must look like {"type": "text", "text": "..."}')
 
 
 def _join_parts(value: object) -> str | None:

@@ -66,9 +66,9 @@ def _read_choice(value: object) -> ToolChoice | None:
             )  # fmt: skip
     raise PydanticCustomError(
         "tool_choice_type",
-        'must look like {{"type": "function", "function": {{"name": "..."}}}}, or like {{"type": "allowed_tools",'
-        ' "allowed_tools": {{"mode": "auto" or "required", "tools": [{{"type": "function", "function": {{"name":'
-        ' "..."}}}}]}}}}',
+        'must look like {"type": "function", "function": {"name": "..."}}, or like {"type": "allowed_tools",'
+        ' "allowed_tools": {"mode": "auto" or "required", "tools": [{"type": "function", "function": {"name":'
+        ' "..."}}]}}',
     )
 
 
@@ -80,7 +80,7 @@ def _allowed(tools: Iterable[object]) -> Iterable[str]:
             case _:
                 raise PydanticCustomError(
                     "tool_choice_type",
-                    'allowed tools must look like {{"type": "function", "function": {{"name": ...}}}}',
+                    'allowed tools must look like {"type": "function", "function": {"name": ...}}',
                 )
 
 

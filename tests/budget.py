@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-BUDGETS = {"unit": 10, "contract": 240, "numeric": 180, "server": 120, "e2e": 300, "kernels": 180, "gpu": 180}
+BUDGETS = {"unit": 10, "contract": 300, "numeric": 240, "server": 150, "e2e": 480, "kernels": 180, "gpu": 180}
 _PARTIAL = ("keyword", "markexpr", "deselect", "ignore", "ignore_glob", "lf", "stepwise", "collectonly")
 
 

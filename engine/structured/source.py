@@ -6,12 +6,17 @@ on where it runs.
 
 from __future__ import annotations
 
+import re
+
 from llguidance import LLMatcher, LLParserLimits
 
 from engine.errors import InvalidRequest
 from engine.grammar import WHITESPACE, Grammar
 
 _REASONS = {"Expecting object schema to apply options": "a schema must be an object or a boolean"}
+
+_PAIR = re.compile(r"\\.", re.DOTALL)  # a backslash and what it escapes
+_ASCII = {r"\d": "[0-9]", r"\D": "[^0-9]", r"\w": "[0-9A-Za-z_]", r"\W": "[^0-9A-Za-z_]"}
 
 
 def source(grammar: Grammar) -> str:
@@ -28,13 +33,18 @@ def source(grammar: Grammar) -> str:
             # A backslash at the end would take llguidance's closing slash into the expression.
             if (len(grammar.text) - len(grammar.text.rstrip("\\"))) % 2:
                 raise InvalidRequest("invalid regular expression: it ends in an incomplete escape")
-            return LLMatcher.grammar_from_regex(grammar.text)
+            return LLMatcher.grammar_from_regex(_PAIR.sub(_in_ascii, grammar.text))
         case "lark":
             # Text in braces would be read as llguidance's JSON form, which holds options that we settle.
             if grammar.text.lstrip().startswith("{"):
                 raise InvalidRequest("a grammar must be Lark or GBNF text")
             return LLMatcher.grammar_from_lark(grammar.text)
     raise InvalidRequest(f"there are no grammars of kind {grammar.kind!r}")
+
+
+def _in_ascii(pair: re.Match[str]) -> str:
+    """Digits and word characters are those of ASCII, as in the patterns of JSON schemas: `\\d` is no digit of Thai."""
+    return _ASCII.get(pair[0], pair[0])
 
 
 def parser_limits() -> LLParserLimits:

@@ -33,8 +33,10 @@ def main(arguments: Sequence[str]) -> int:
     parsed = _parser().parse_intermixed_args(arguments)
     if parsed.concurrency < 1 or parsed.retries < 0:
         raise ConfigError("--concurrency must be at least 1, and --retries at least 0")
-    if parsed.input == parsed.output or not parsed.input.is_file():
-        raise ConfigError(f"{parsed.input}: expected a file of requests, and another one for the answers")
+    if not parsed.input.is_file():
+        raise ConfigError(f"{parsed.input}: there is no such file of requests")
+    if parsed.input == parsed.output:
+        raise ConfigError(f"{parsed.output}: the answers need another file than the requests")
     try:
         with Output(parsed.output) as output:
             return _run(parsed, output)

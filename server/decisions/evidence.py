@@ -56,7 +56,7 @@ def json_text(value: object) -> str:
 def _part_text(part: object) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(part, dict) or not isinstance(kind, str):
-        raise PydanticCustomError("content_type", 'parts must look like {{"type": "input_text", "text": "..."}}')
+        raise PydanticCustomError("content_type", 'parts must look like {"type": "input_text", "text": "..."}')
     if kind in _TEXTS:
         text = part.get(_TEXTS[kind])
         if isinstance(text, str):

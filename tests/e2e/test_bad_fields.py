@@ -47,9 +47,9 @@ SAMPLING: dict[str, list[Any]] = {
     "cache_salt": ["", "s" * 300, 5, ["a"]],
     "model": [5, True, ["tiny"], {}],
     "skip_special_tokens": [1, "no"],
-    "response_format": [{"type": "json_object"}, {"type": "json_schema"}, "json", 5],
-    "guided_json": [{}, "{}"],
-    "guided_regex": ["(a+)+$"],
+    "response_format": [{"type": "yaml"}, {"type": "json_schema"}, "json", 5],
+    "guided_json": [5, "[", {"type": "wizard"}],
+    "guided_regex": ["(a", 5, ""],
     "tools": [[], 5, {}],
     "speculation": [
         {"enabled": True}, {"max_draft": 1}, {"max_draft": -1}, {"max_draft": 2**40}, {"report": 1}, {"verifier": "x"},

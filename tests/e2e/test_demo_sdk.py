@@ -308,7 +308,7 @@ def test_errors_are_typed(client: OpenAI) -> None:
         ({"logit_bias": {"999999": 1}}, "logit_bias"),
         ({"messages": []}, "messages"),
         ({"tools": []}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
     ]
     for fields, param in wrong:

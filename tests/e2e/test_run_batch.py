@@ -88,7 +88,7 @@ def test_what_users_get_wrong(tmp_path: Path) -> None:
     nobody = run_command("run-batch", str(asked), told, "--url", "http://127.0.0.1:9")
     assert nobody.returncode == 1 and "no server answers" in nobody.stderr
     missing = run_command("run-batch", str(tmp_path / "none"), told)
-    assert missing.returncode == 2 and "expected a file of requests" in missing.stderr
+    assert missing.returncode == 2 and "there is no such file of requests" in missing.stderr
     both = run_command("run-batch", str(asked), told, "demo", "--url", "http://127.0.0.1:9")
     assert both.returncode == 2 and "--url" in both.stderr and "MODEL" in both.stderr
     nowhere = run_command("run-batch", str(asked), str(tmp_path / "no" / "out.jsonl"))

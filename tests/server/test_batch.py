@@ -239,3 +239,13 @@ async def test_the_progress_line() -> None:
     assert "\x1b[31m" not in out.getvalue() and "line 3" in out.getvalue()
     assert progress.close().startswith("1 answered, 1 failed, 1 kept from before, in ")
     assert Progress(0, io.StringIO()).line().startswith("[####")
+
+
+async def test_the_two_files_are_told_apart(tmp_path: Path) -> None:
+    asked = tmp_path / "in.jsonl"
+    with pytest.raises(ConfigError, match="there is no such file"):
+        main([str(asked), str(tmp_path / "out.jsonl")])
+    asked.write_text("{}\n")
+    with pytest.raises(ConfigError, match="need another file"):
+        main([str(asked), str(asked)])
+    assert asked.read_text() == "{}\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -55,6 +57,22 @@ async def test_what_is_refused(shared: Shared) -> None:
             error = error_of(await client.post(CHAT_URL, json={**BODY, **fields}), 400)
             assert error["param"] == param, (fields, error)
     assert engine.submitted == []
+
+
+EXAMPLES: list[Json] = [  # fields whose errors show what they should look like
+    {"tool_choice": {"type": "function"}},
+    {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [3]}}},
+    {"messages": [{"role": "user", "content": [5]}]},
+]
+
+
+async def test_examples_in_errors_can_be_copied(shared: Shared) -> None:
+    async with serving(engine_of(shared, "hermes")) as client:
+        for fields in EXAMPLES:
+            message = error_of(await client.post(CHAT_URL, json={**BODY, **fields}), 400)["message"]
+            examples = re.split(" must look like |, or like ", message)[1:]
+            shown = [json.loads(example.replace('"auto" or ', "").replace("...}", '"..."}')) for example in examples]
+            assert shown and all("type" in example for example in shown), message
 
 
 SCHEMAS: list[tuple[Json, bool, bool]] = [  # parameters, are they taken, are they taken strictly

@@ -326,3 +326,19 @@ def test_grammars_are_compiled_once_and_kept_within_bounds(tmp_path: object, mon
     assert len(grammars._kept) <= 2
     with pytest.raises(InvalidRequest):
         grammars.state(Grammar("regex", "("))
+
+
+@pytest.mark.parametrize(
+    ("regex", "first"),
+    [
+        (r"\d", "0123456789"),
+        (r"[\d_]", "0123456789_"),
+        (r"\\d", "\\"),
+        (r"[a-c]\d", "abc"),
+        (r"[\w--[0-9]]", "_ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"),
+    ],
+)
+def test_digits_and_words_are_ascii(tmp_path: object, regex: str, first: str) -> None:
+    """As in the patterns of JSON schemas; the bytes that begin other scripts' digits are none."""
+    grammars = Grammars(write_checkpoint(tmp_path), VOCAB_SIZE)  # type: ignore[arg-type]
+    assert ids(grammars.state(Grammar("regex", regex)).mask, VOCAB_SIZE) == set(first.encode())
