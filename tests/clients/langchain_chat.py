@@ -42,7 +42,7 @@ def main(url: str) -> dict:
         streamed = piece if streamed is None else streamed + piece
     result = get_weather.invoke(call.tool_calls[0])
     assert isinstance(call, AIMessage) and isinstance(result, ToolMessage)
-    answer = chat.bind_tools([get_weather]).invoke([*asked, call, result])
+    answer = chat.invoke([*asked, call, result])
     return {
         "whole": whole.content,
         "usage": whole.usage_metadata,

@@ -32,7 +32,7 @@ def test_langchain(demo: ServerProcess) -> None:
     assert call["name"] == "get_weather" and set(call["args"]) == {"city"} and call["args"]["city"]
     assert (streamed["name"], streamed["args"]) == (call["name"], call["args"])
     assert found["result"] == f"It is sunny in {call['args']['city']}."
-    assert found["answer"]
+    assert "sunny" in found["answer"]
     for name in ("json_schema", "functions", "json_mode"):
         assert set(found[name]) >= {"name", "country"} and all(found[name].values()), name
     assert found["batch"] == [found["whole"]] * 2
